@@ -1,0 +1,41 @@
+# The two commands of the README, and what a release asks on top. Each makes .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+SHELL  := bash
+
+.PHONY: help install repro test release bases clean
+
+help:            ## what there is
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(VENV)/.installed   ## a virtual environment with exact versions
+
+# torch first and torchvision without its dependencies: otherwise pip resolves both to the newest CUDA builds
+$(VENV)/.installed: constraints.txt settings.ini setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null
+	touch $@
+
+repro: install   ## train SPAR in miniature and evaluate it: everything, from a clone to the tables
+	dvc pull -q data.dvc
+	dvc repro
+
+test: install    ## notebooks clean and in sync, nbdev_test, pytest
+	tests/check.sh
+
+release: test    ## the same, and every stage of the lock up to date
+	@stale=$$(dvc status -q || echo stale); [ -z "$$stale" ] || { echo 'The lock is not in sync: run `dvc repro` and commit.'; dvc status; exit 1; }
+	@test -z "$$(git status --porcelain)" || { echo 'Uncommitted changes.'; exit 1; }
+
+bases: install   ## train the miniature backbones again (hours on two cores)
+	dvc repro bases/dvc.yaml
+
+clean:           ## what runs left behind (artifacts stay)
+	rm -rf runs build *.egg-info .pytest_cache
