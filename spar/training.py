@@ -136,8 +136,8 @@ def check_finite(
 ):
     "Raise `FloatingPointError` naming step, term and sample indices if a value is NaN or infinite."
     for name, v in values.items():
-        if not math.isfinite(float(v)):
-            raise FloatingPointError(f'{name} is {float(v)} at step {step}, samples {[int(i) for i in indices]}. No weight was '
+        if not math.isfinite(value := v.item()):
+            raise FloatingPointError(f'{name} is {value} at step {step}, samples {[int(i) for i in indices]}. No weight was '
                                      'changed by this step; the last checkpoint is kept. Lower lr, or look at these samples.')
 
 def players_step(run, micros: list[dict], t: int) -> dict[str, float]:
@@ -152,14 +152,14 @@ def players_step(run, micros: list[dict], t: int) -> dict[str, float]:
                 terms = run.model(batch, weights, player)
                 check_finite(terms, t, batch['index'])
                 run.acc.backward(sum(w * terms[k] for k, w in weights.items()) / len(micros))
-            for k in weights: seen[k] += float(terms[k]) / len(micros)
+            for k in weights: seen[k] += terms[k].item() / len(micros)
         params = [p for g in opt.param_groups for p in g['params']]
         norm = run.acc.clip_grad_norm_(params, run.cfg.clip or math.inf)
         check_finite({f'gradient norm of {player}': norm}, t, batch['index'])
         for g in opt.param_groups: g['lr'] = lr_at(t, run.cfg) * g['lr_scale']
         opt.step()
         run.objective.zero_grad(set_to_none=True)   # one player's loss leaves gradients in the other's parameters
-        seen['grad_norm' if player == 'model' else f'grad_norm_{player}'] = float(norm)
+        seen['grad_norm' if player == 'model' else f'grad_norm_{player}'] = norm.item()
     return seen
 
 # %% ../nbs/06_training.ipynb #10d4512f
@@ -236,7 +236,9 @@ def fit(
 ) -> History:
     "Train; afterwards the EMA weights are in `objective`. Resumes by itself; stops at NaN; continues in chunks of `cfg.minutes`."
     r, began = Run(objective, cfg, run, fingerprint), time.monotonic()
-    if cfg.tracker != 'none': r.acc.init_trackers(Path(run).name, config={})
+    if cfg.tracker != 'none':   # DVCLive would otherwise rewrite the root dvc.yaml and make experiments of its own
+        live = dict(dir=str(Path(run)/'dvclive'), dvcyaml=None, save_dvc_exp=False, resume=r.step > 0)
+        r.acc.init_trackers(Path(run).name, config=cfg.to_dict() | {'betas': str(cfg.betas)}, init_kwargs={'dvclive': live})
     bar = tqdm(total=cfg.steps, initial=r.step, desc=Path(run).name, mininterval=2, disable=not r.acc.is_main_process)
     batches = iter(micro_batches(dataset, cfg, r.step, r.acc.process_index, r.acc.num_processes))
     per_step, late = len(step_indices(0, cfg, 0, r.acc.num_processes)), False
@@ -263,6 +265,7 @@ def to_device(batch: dict, device) -> dict:
 def finish(r: Run, look=None) -> History:
     "Take accelerate's wrappers off, put the EMA weights in, look once more."
     objective = r.acc.unwrap_model(r.model, keep_fp32_wrapper=False)
+    objective.__dict__.pop('forward', None)   # accelerate leaves the original bound to the instance
     if r.cfg.tracker != 'none': r.acc.end_training()
     if r.ema: r.ema.copy_to(r.averaged)
     objective.eval()
