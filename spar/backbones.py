@@ -10,12 +10,12 @@ __all__ = ['SPECIALS', 'INSTRUCTION_WORDS', 'CHAT_TEMPLATE', 'WORD', 'IMAGENET_M
            'load_dcae', 'load_sana', 'latent_stats', 'load_lpips', 'load_features', 'cast', 'save_mllm', 'save_dcae',
            'save_sana', 'save_lpips', 'random_bases']
 
-# %% ../nbs/04_backbones.ipynb #0021c742
-from .core import Config, n_params, freeze, pick_device, read_json, write_json, atomic_path, seed_for, guard_torchvision
-import json, re, copy, difflib
+# %% ../nbs/04_backbones.ipynb #d1708505
+from .core import n_params, freeze, pick_device, read_json, write_json, atomic_path, seed_for
+import re, copy, difflib
 from pathlib import Path
-from dataclasses import dataclass
 import torch, torch.nn as nn, torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 from safetensors.torch import save_file, load_file
 from tokenizers import Tokenizer as WordTokenizer, Regex, pre_tokenizers, models as token_models
 from transformers import (AutoModel, AutoTokenizer, InternVLConfig, InternVLVisionConfig, InternVLForConditionalGeneration,
@@ -218,6 +218,7 @@ class MLLM(nn.Module):
         layers: list,                  # which layers, 1..L
         raw: bool = False,             # without the final norm
         positions: torch.Tensor | None = None,
+        checkpoint: bool = False,      # recompute each layer in the backward pass instead of keeping its insides
     ) -> list:                         # K tensors [B, T, D], in the order of `layers`
         "Hidden states after the given layers; nothing else is kept."
         bad = [k for k in layers if not 1 <= k <= self.num_layers]
@@ -228,7 +229,8 @@ class MLLM(nn.Module):
             attention_mask=attention_mask, past_key_values=None, position_ids=positions)
         rope = lm.rotary_emb(h, positions)
         for k, layer in enumerate(lm.layers[:max(layers)], 1):
-            h = layer(h, attention_mask=mask, position_embeddings=rope, position_ids=positions)
+            step = lambda h, layer=layer: layer(h, attention_mask=mask, position_embeddings=rope, position_ids=positions)
+            h = recompute(step, h, use_reentrant=False) if checkpoint else step(h)
             if k in layers: kept[k] = h if raw else lm.norm(h)
         return [kept[k] for k in layers]
 
