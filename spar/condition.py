@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from .core import Config, normal, freeze
 from .backbones import MLLM, pad_left
-from .routing import RoutingConfig, Routing, tap_layers, tap, shares
+from .routing import RoutingConfig, Routing, tap_layers, tap, shares, as_bias
 
 # %% ../nbs/14_condition.ipynb #9f7fc81a
 @dataclass
@@ -66,7 +66,7 @@ class Connector(nn.Module):
         if not 1 <= n <= len(lm.layers): raise ValueError(f'connector layers={n} is impossible: the language model has {len(lm.layers)}.')
         self.layers, self.norm, self.rotary = copy.deepcopy(lm.layers[-n:]), copy.deepcopy(lm.norm), copy.deepcopy(lm.rotary_emb)
         for layer in self.layers: layer.self_attn.is_causal = False
-        D = lm.config.hidden_size
+        self.config, D = lm.config, lm.config.hidden_size
         self.project = nn.Linear(D, C)
         nn.init.normal_(self.project.weight, std=D ** -0.5); nn.init.zeros_(self.project.bias)   # keeps the scale
         self.float().requires_grad_(True)
@@ -78,7 +78,7 @@ class Connector(nn.Module):
         "Every position looks at every token; padding is looked at by nobody."
         B, T, _ = x.shape
         place = torch.arange(T, device=x.device)[None]
-        look, rotary = mask[:, None, None, :].expand(B, 1, T, T), self.rotary(x, place)
+        look, rotary = as_bias(mask[:, None, None, :].expand(B, 1, T, T), self.config), self.rotary(x, place)
         for layer in self.layers: x = layer(x, attention_mask=look, position_ids=place, position_embeddings=rotary)
         return self.project(self.norm(x))
 

@@ -10,8 +10,8 @@ __all__ = ['FlowConfig', 'shift_sigma', 'sample_sigma', 'interpolate', 'flow_los
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from diffusers import DPMSolverMultistepScheduler
 from .core import Config, normal
+from diffusers import DPMSolverMultistepScheduler
 
 # %% ../nbs/16_flow.ipynb #16ddfd79
 @dataclass
