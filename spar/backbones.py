@@ -253,9 +253,9 @@ class MLLM(nn.Module):
 
 # %% ../nbs/04_backbones.ipynb #4cd64ebb
 def mini_dcae(
-    channels: tuple = (32, 32, 64, 128),   # width of each level; repeat or double
+    channels: tuple = (64, 64, 64, 128),   # width of each level; repeat or double
     enc_layers: tuple = (0, 1, 1, 2),
-    dec_layers: tuple = (0, 1, 2, 4),
+    dec_layers: tuple = (0, 1, 2, 3),
     latent: int = 16,
 ) -> AutoencoderDC:
     "A small autoencoder of the real class, random: f8, c16."
