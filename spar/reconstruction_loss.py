@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ReconstructionLoss', 'latent_loss', 'anchor_loss', 'PatchCritic', 'judge', 'hinge', 'lecam',
-           'LogitDistance', 'PixelObjective', 'TokenizerObjective', 'AutoencoderObjective']
+           'LogitDistance', 'PixelObjective', 'in_fp32', 'TokenizerObjective', 'AutoencoderObjective',
+           'reconstruction_scores']
 
 # %% ../nbs/12_reconstruction_loss.ipynb #3ec0774b
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from .core import Config, one_of, freeze
+from .core import Config, one_of, freeze, to_uint8
 from fastcore.basics import patch
 import torch
 from torch import nn
 import torch.nn.functional as F
 from .training import Objective
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, own_seed, texture_kept
 
 # %% ../nbs/12_reconstruction_loss.ipynb #387ecc4c
 @dataclass
@@ -68,8 +69,12 @@ class PatchCritic(nn.Module):
     "A patch discriminator: three strided convolutions and one number a patch."
     def __init__(self,
         width: int = 32,   # channels of the first layer; doubles twice
+        seed: int = 0,     # of its first weights
     ):
         super().__init__()
+        with own_seed(seed, 'critic'): self.build(width)
+
+    def build(self, width):
         conv = lambda a, b, s: nn.Conv2d(a, b, 4, s, 1)
         norm = lambda c: nn.GroupNorm(min(8, c), c)
         self.net = nn.Sequential(conv(3, width, 2), nn.LeakyReLU(.2), conv(width, 2*width, 2), norm(2*width), nn.LeakyReLU(.2),
@@ -129,12 +134,13 @@ class PixelObjective(Objective):
         cfg: ReconstructionLoss,
         perceptual: nn.Module = None,  # (x, y) -> [B]; needed if cfg.lpips > 0
         logits: nn.Module = None,      # (x, y) -> scalar; needed if cfg.logits > 0
+        seed: int = 0,                 # of the critic's first weights
     ):
         super().__init__()
         for name, part, weight in (('perceptual', perceptual, cfg.lpips), ('logits', logits, cfg.logits)):
             if weight and part is None: raise ValueError(f'a weight of {weight} needs the {name} network: pass {name}=..., or set its weight to 0.')
         self.cfg, self.perceptual, self.logit_distance = cfg, freeze(perceptual) if cfg.lpips else None, logits if cfg.logits else None
-        self.critic, self.fakes = PatchCritic(cfg.critic_width) if cfg.lambda_gan else None, {}
+        self.critic, self.fakes = PatchCritic(cfg.critic_width, seed) if cfg.lambda_gan else None, {}
 
     def look(self, images) -> tuple:   # -> (target, reconstruction, whatever else the terms need)
         raise NotImplementedError
@@ -160,11 +166,15 @@ def weights(self: PixelObjective,
     if player == 'critic': return {'critic': 1., 'lecam': c.lecam} if gan else {}
     return {'mse': c.mse, 'lpips': c.lpips, 'L_p': c.lambda_p, 'L_s': c.lambda_s, 'L_GAN': gan, 'logits': c.logits}
 
+def in_fp32(net, *xs):
+    "Call `net` outside the training loop's autocast."
+    with torch.autocast(xs[0].device.type, enabled=False): return net(*[x.float() for x in xs])
+
 @patch
 def compute(self: PixelObjective, x, rec, more) -> dict:
     "Term -> function that computes it; subclasses add theirs."
     return {'mse': lambda: F.mse_loss(rec, x),
-            'lpips': lambda: self.perceptual(rec, x).float().mean(),
+            'lpips': lambda: in_fp32(self.perceptual, rec, x).mean(),
             'L_GAN': lambda: -judge(self.critic, rec).float().mean(),
             'logits': lambda: self.logit_distance(rec, x)}
 
@@ -199,8 +209,9 @@ class TokenizerObjective(PixelObjective):
         dcae: nn.Module = None,     # frozen; needed if cfg.lambda_p > 0
         encoder: nn.Module = None,  # the MLLM's own encoder, to be copied as anchor; needed if cfg.lambda_s > 0
         logits: nn.Module = None,
+        seed: int = 0,
     ):
-        super().__init__(cfg, perceptual, logits)
+        super().__init__(cfg, perceptual, logits, seed)
         if cfg.lambda_p and dcae is None: raise ValueError('lambda_p > 0 needs dcae=..., whose latent is the target of L_p.')
         if cfg.lambda_p and tokenizer.streams.pixel is None: raise ValueError('lambda_p > 0 without a pixel stream has nothing to pull: set lambda_p to 0.')
         if cfg.lambda_s and encoder is None: raise ValueError('lambda_s > 0 needs encoder=..., the untouched encoder.')
@@ -240,8 +251,9 @@ class AutoencoderObjective(PixelObjective):
         dcae: nn.Module,
         cfg: ReconstructionLoss,
         perceptual: nn.Module = None,
+        seed: int = 0,
     ):
-        super().__init__(cfg, perceptual)
+        super().__init__(cfg, perceptual, seed=seed)
         for name in ('lambda_p', 'lambda_s'):
             if getattr(cfg, name): raise ValueError(f'{name} belongs to the dual stream; a DC-AE alone has none: set it to 0.')
         self.dcae = dcae.requires_grad_(True)
@@ -249,3 +261,19 @@ class AutoencoderObjective(PixelObjective):
     def players(self): return {'model': list(self.dcae.parameters())} | ({'critic': list(self.critic.parameters())} if self.critic else {})
     def target(self, images): return images.float()
     def look(self, images): return images.float(), self.dcae(images), None
+
+# %% ../nbs/12_reconstruction_loss.ipynb #7ccc85cc
+@torch.no_grad()
+def reconstruction_scores(
+    reconstruct,          # images [B, 3, H, W] -> reconstructions of the same shape
+    sets: dict,           # name -> images
+    batch: int = 64,
+) -> dict:                # name -> {'psnr', 'texture_kept'}
+    "PSNR in dB (mean over images) and kept texture of held-out pictures."
+    out = {}
+    for name, images in sets.items():
+        recs = torch.cat([reconstruct(x).float().cpu() for x in images.split(batch)])
+        a, b = (to_uint8(v).float()/255 for v in (images.cpu(), recs))
+        mse = (a - b).square().flatten(1).mean(1).clamp_min(1e-10)
+        out[name] = dict(psnr=(-10*mse.log10()).mean().item(), texture_kept=texture_kept(a, b))
+    return out
