@@ -217,6 +217,7 @@ class TokenizerObjective(PixelObjective):
         if cfg.lambda_s and encoder is None: raise ValueError('lambda_s > 0 needs encoder=..., the untouched encoder.')
         self.tokenizer, self.dcae = freeze(tokenizer), freeze(dcae) if cfg.lambda_p else None
         self.f_anchor = freeze(copy.deepcopy(encoder)) if cfg.lambda_s else None
+        if self.f_anchor: self.f_anchor.side = tokenizer.encoder.side
         for on, part in zip((cfg.train_encoder, cfg.train_streams, cfg.train_decoder), self.parts()): part.requires_grad_(on)
 
     def parts(self): return self.tokenizer.encoder, self.tokenizer.streams, self.tokenizer.decoder

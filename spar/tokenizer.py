@@ -209,11 +209,13 @@ def load_exactly(module: nn.Module, state: dict, where: str):
 def from_pretrained(cls: Tokenizer,
     folder,               # what save_pretrained wrote
     mllm,                 # the MLLM it was made from: a path or an MLLM
+    side: int = None,     # pixels the encoder works at; None: as it was trained
 ) -> Tokenizer:           # frozen
     "Rebuild a tokenizer; missing, damaged or unfitting files raise errors that name them."
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'no tokenizer at {folder}: run `dvc repro`.')
     cfg = TokenizerConfig.from_dict(read_json(folder/'config.json'))
+    cfg.side = side or cfg.side
     encoder = copy.deepcopy(mllm.encoder) if isinstance(mllm, MLLM) else load_mllm(mllm, side=cfg.side).encoder
     if encoder.dim != cfg.streams.D_s: raise ValueError(f'{folder} reads features of width {cfg.streams.D_s}, this MLLM gives {encoder.dim}: use the MLLM the tokenizer was made from.')
     encoder.side = cfg.side
