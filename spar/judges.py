@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MOST', 'Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'peaks', 'Judge', 'truth', 'free_scene',
            'judge_scene', 'JudgeScenes', 'Softened', 'bumps', 'focal', 'JudgeObjective', 'matches', 'accuracy',
-           'Oracle', 'load_judge', 'random_judge']
+           'Oracle']
 
 # %% ../nbs/32_judges.ipynb #d6fcda04
-from .core import Config, atomic_path, read_json, write_json, uniform, n_params, one_of, seed_for, rng, to_unit, to_uint8, freeze
+from .core import Config, atomic_path, read_json, write_json, uniform, n_params, one_of, rng, to_unit, to_uint8, freeze
 from dataclasses import dataclass, replace
 import math
 from fastcore.basics import patch
@@ -340,23 +340,14 @@ def save_pretrained(self: Judge,
         tmp.mkdir(); write_json(tmp / 'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))
         save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in self.state_dict().items()}, tmp / 'model.safetensors')
 
-def load_judge(
+@patch(cls_method=True)
+def from_pretrained(cls: Judge,
     folder, # from `save_pretrained`
 )->Judge: # frozen, fp32
     "The judge of a folder. A missing folder or a foreign weight is an error that names it."
     if not (Path(folder) / 'model.safetensors').is_file():
         raise FileNotFoundError(f'no judge in {str(folder)!r} (model.safetensors is missing). Fetch the inputs with `dvc pull data.dvc`.')
     cfg = read_json(Path(folder) / 'config.json')
-    judge = Judge(threshold=cfg.pop('threshold'), cfg=JudgeConfig.from_dict(cfg))
+    judge = cls(threshold=cfg.pop('threshold'), cfg=JudgeConfig.from_dict(cfg))
     judge.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / 'model.safetensors').items()})
     return freeze(judge)
-
-def random_judge(
-    folder,           # where to
-    seed: int=0,
-    width: int=8,     # small: for smoke runs
-):
-    "An untrained judge, for pipelines of random parts."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, 'random judge') % 2 ** 31)
-        Judge(JudgeConfig.of_world(width=width)).save_pretrained(folder)
