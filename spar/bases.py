@@ -133,7 +133,7 @@ def packed_mask(
     return ((same | picture) & torch.ones(T, T, dtype=torch.bool, device=segment.device).tril())[:, None]
 
 def pad_rows(rows: list) -> dict:
-    "Pad packed rows on the right."
+    "Pad packed rows on the right: `ids`, `segment`, `sees`, `position`, `kind`, each [B, T]."
     T = max(len(r['ids']) for r in rows); fill = dict(ids=0, segment=-1, sees=0, position=0, kind=0)
     return {k: torch.tensor([list(r[k]) + [v] * (T - len(r[k])) for r in rows]) for k, v in fill.items()}
 
@@ -205,12 +205,12 @@ class MllmRows:
         qs = several_questions(s, self.seed, k, c.questions) if upright else []
         turns = [self.turn(q.text, q.answer, 'answer') for q in qs] + after
         turns += [self.turn('describe the image .', caption(s, self.seed, k + i * 10 ** 9, self.split), 'caption') for i in range(c.captions)]
-        return dict(image=as_image(render(s)), index=k, row=pack(self.prefix, turns, self.texts(s, k, qs, r)), kinds=[q.kind for q in qs])
+        return dict(image=as_image(render(s)), index=k, row=pack(self.prefix, turns, []), text=pack([], [], self.texts(s, k, qs, r)), kinds=[q.kind for q in qs])
     @staticmethod
     def collate(items: list) -> dict:
         "Batch rows."
         return dict(image=torch.stack([i['image'] for i in items]), index=torch.tensor([i['index'] for i in items]),
-                    **pad_rows([i['row'] for i in items]), kinds=[i['kinds'] for i in items])
+                    **pad_rows([i['row'] for i in items]), **{f'text_{k}': v for k, v in pad_rows([i['text'] for i in items]).items()}, kinds=[i['kinds'] for i in items])
 
 # %% ../nbs/18_bases.ipynb #41e1e645
 @dataclass
@@ -226,19 +226,29 @@ class MllmObjective(Objective):
         super().__init__()
         self.mllm, self.cfg = mllm, cfg
     def weights(self, progress, player='model'): return self.cfg.to_dict()
-    def logits(self, batch):
-        "Logits [M, V], targets [M], kinds [M] of the M target tokens."
-        m, ids = self.mllm, batch['ids']
-        e = m.splice(m.embed(ids), (ids == m.image_token) & (batch['segment'] == 0), m.encode(batch['image']))
-        look = packed_mask(batch['segment'], batch['sees'])
-        look = torch.where(look, 0., -1e4).to(torch.bfloat16 if torch.is_autocast_enabled(e.device.type) else e.dtype)
-        h, = m.states(e, look, [m.num_layers], positions=batch['position'])
-        at = batch['kind'][:, 1:] > 0                                  # a token predicts its successor
-        return m.hf.lm_head(h[:, :-1][at]), ids[:, 1:][at], batch['kind'][:, 1:][at]
+    def run(self, ids, segment, sees, position, kind, image=None):
+        "Logits [M, V], targets [M] and kinds [M] of the M target tokens of packed rows."
+        m = self.mllm; e = m.embed(ids)
+        if image is not None: e = m.splice(e, (ids == m.image_token) & (segment == 0), m.encode(image))
+        look = torch.where(packed_mask(segment, sees), 0., -1e4)
+        look = look.to(torch.bfloat16 if torch.is_autocast_enabled(e.device.type) else e.dtype)
+        h, = m.states(e, look, [m.num_layers], positions=position)
+        at = kind[:, 1:] > 0                                           # a token predicts its successor
+        return m.hf.lm_head(h[:, :-1][at]), ids[:, 1:][at], kind[:, 1:][at]
+    def logits(self, batch, text: bool = False):
+        "Of the picture rows, or of the text rows."
+        fields = ('ids', 'segment', 'sees', 'position', 'kind')
+        if text: return self.run(*(batch[f'text_{f}'] for f in fields))
+        return self.run(*(batch[f] for f in fields), batch['image'])
     def terms(self, batch, weights, player='model'):
-        logits, target, kind = self.logits(batch)
-        loss = F.cross_entropy(logits.float(), target, reduction='none')
-        return {k: (loss * (kind == KINDS.index(k) + 1)).sum() / (kind == KINDS.index(k) + 1).sum().clamp(min=1) for k in weights if weights[k]}
+        out, mean = {}, lambda loss, on: (loss * on).sum() / on.sum().clamp(min=1)
+        for text in (False, True):                                     # picture rows, then text rows
+            wanted = [k for k in KINDS if weights.get(k) and (k == 'text') == text]
+            if not wanted: continue
+            logits, target, kind = self.logits(batch, text)
+            loss = F.cross_entropy(logits.float(), target, reduction='none')
+            out |= {k: mean(loss, kind == KINDS.index(k) + 1) for k in wanted}
+        return out
 
 # %% ../nbs/18_bases.ipynb #9d712e60
 @torch.no_grad()
@@ -247,21 +257,22 @@ def question_accuracy(
     rows: MllmRows,
     n: int = 64,              # pictures
     start: int = 0,
-) -> dict:                    # kind of question -> share of right answers; 'all', and 'text' for riddles and facts
+) -> dict:                    # kind of question -> share of right answers; 'all' of them; whole captions and texts word for word
     "Greedy exact-match accuracy."
     right = {}
     for at in range(start, start + n, 32):
         batch = rows.collate([rows[k] for k in range(at, min(at + 32, start + n))])
         device = objective.mllm.device
         moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        logits, target, kind = objective.logits(moved)
-        where = (batch['kind'][:, 1:] > 0).nonzero().tolist(); ok = (logits.argmax(-1) == target).tolist()
-        turns = {}
-        for (b, t), good in zip(where, ok):
-            s = int(batch['segment'][b, t + 1]); turns.setdefault((b, s), []).append(good)
-        for (b, s), good in turns.items():
-            n = len(batch['kinds'][b])                                 # the questions are the first turns
-            for key in ([batch['kinds'][b][s - 1], 'all'] if s <= n else ['other']): right.setdefault(key, []).append(all(good))
+        for text in (False, True):
+            logits, target, kind = objective.logits(moved, text)
+            pre, turns = 'text_' * text, defaultdict(list)
+            for (b, t), good in zip((batch[pre + 'kind'][:, 1:] > 0).nonzero().tolist(), (logits.argmax(-1) == target).tolist()):
+                turns[b, int(batch[pre + 'segment'][b, t + 1])].append(good)
+            for (b, s), good in turns.items():
+                names = batch['kinds'][b]                              # the questions are the first turns
+                keys = ['text'] if text else [names[s - 1], 'all'] if s <= len(names) else ['caption']
+                for key in keys: right.setdefault(key, []).append(all(good))
     return {k: sum(v) / len(v) for k, v in sorted(right.items())}
 
 @torch.no_grad()
