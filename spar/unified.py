@@ -275,7 +275,7 @@ def picture_grid(
     import matplotlib.pyplot as plt
     deep = 2 if reference is not None else 1
     rows = math.ceil(len(images) / columns)
-    fig, axes = plt.subplots(rows * deep, columns, figsize=(1.5 * columns, 1.8 * rows * deep), dpi=80, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(rows * deep, columns, figsize=(1.4 * columns, 1.7 * rows * deep), dpi=64, squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     show = lambda ax, im: ax.imshow((im.float().permute(1, 2, 0).cpu() * 0.5 + 0.5).clamp(0, 1))
     for i, (im, title) in enumerate(zip(images, titles)):
