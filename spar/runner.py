@@ -102,7 +102,8 @@ def kernel_environment(run: Path):
     os.environ['SPAR_RUN'] = run.as_posix()
     os.environ['PYTHONPATH'] = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get('PYTHONPATH')])])
     os.environ.setdefault('PYTHONHASHSEED', '0'); os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
+    os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1'); os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning')
 
 def execute(notebook: Path, params: dict, run: Path):
     "Run a notebook with these parameters; the executed copy stands beside the run's folder."
@@ -113,7 +114,7 @@ def execute(notebook: Path, params: dict, run: Path):
     kernel_environment(run); run.mkdir(parents=True, exist_ok=True)
     copy = run.with_suffix('.ipynb') if is_first() else run/f'rank{os.environ["RANK"]}.ipynb'
     papermill.execute_notebook(notebook, copy, params, cwd='.', kernel_name='python3', progress_bar=is_first() and sys.stderr.isatty(),
-                               stdout_file=sys.stdout, stderr_file=sys.stderr)
+                               stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--IPKernelApp.log_level=50'])
     return copy
 
 # %% ../nbs/23_runner.ipynb #74e98bd5

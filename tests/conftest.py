@@ -1,0 +1,30 @@
+"""What the tests share: a copy of the working tree in which the pipeline can run without touching anything here."""
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def clone(to: Path, profile: str = 'smoke') -> Path:
+    "What `git clone` would give if the working tree were committed: tracked and new files, none of the ignored ones."
+    names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
+    for name in filter(None, names):
+        if (ROOT/name).is_file() and not name.startswith('dvcstore/'):
+            (to/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(ROOT/name, to/name)
+    (to/'params.yaml').write_text(f'profile: {profile}\n')
+    for name in ('data.dvc', 'dvc.lock'): (to/name).unlink(missing_ok=True)
+    (to/'data'/'bases').mkdir(parents=True, exist_ok=True)      # smoke makes random bases; DVC only wants the folder to be there
+    subprocess.run(['git', 'init', '-q'], cwd=to, check=True)
+    return to
+
+
+def run(cmd: list, cwd: Path, **env) -> subprocess.CompletedProcess:
+    "Run a command of this environment in `cwd`, on one thread; never fails by itself."
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    env = {**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(cwd), 'DVC_NO_ANALYTICS': '1', **env}
+    return subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='session')
+def tree(tmp_path_factory): return clone(tmp_path_factory.mktemp('clone'))
