@@ -8,19 +8,20 @@ __all__ = ['KINDS', 'edges', 'moments', 'psnr', 'DcaeConfig', 'DcaeObjective', '
            'MllmConfig', 'MllmObjective', 'question_accuracy', 'riddle_accuracy', 'pair_accuracy', 'majority_accuracy',
            'LatentCaptions', 'cache_latents', 'cached', 'one_scale', 'SanaObjective', 'draw', 'flow_by_time',
            'show_drawings', 'scene_labels', 'Labelled', 'classifier', 'PerceptualObjective', 'label_scores',
-           'distance_ladder']
+           'distance_ladder', 'promote', 'folder_size', 'gather']
 
 # %% ../nbs/18_bases.ipynb #2c271a46
-from .core import Config, rng, autocast, uniform, normal, file_hash, atomic_path
+from .core import Config, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
 from .backbones import MLLM, DCAE, Text2Image, PerceptualMini, encode_text
 from .world import (scene, render, caption, colourless, questions, riddle, facts, pair, edit, crop, thing_text, groups,
                         RIDDLE_KINDS, EDIT_KINDS, GLYPHS, COLOURS, TEXTURES)
 from .data import as_image
-from .flow import FlowConfig, sample_sigma, interpolate, flow_loss, sample
+from .flow import FlowConfig, sample_sigma, interpolate, velocity, flow_loss, sample
 from .training import Objective
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+import shutil
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from safetensors.torch import save_file, load_file
@@ -363,7 +364,7 @@ class SanaObjective(Objective):
         drop = uniform((), self.seed, 'prompt drop', i) < self.flow.drop
         cond, mask = self.base.encode_text(['' if d else t for d, t in zip(drop, batch['text'])])
         eps, sigma = normal(x0.shape[1:], self.seed, 'noise', i).to(x0), sample_sigma(self.seed, i, self.flow).to(x0)
-        v = self.base(interpolate(x0, eps, sigma), sigma, cond, mask)
+        v = velocity(self.base.transformer, interpolate(x0, eps, sigma), sigma, cond, mask)
         return dict(flow=flow_loss(v, x0, eps))
 
 @torch.no_grad()
@@ -397,7 +398,7 @@ def flow_by_time(
         cond, mask = base.encode_text(text)
         for s in (.2, .5, .8, .95):
             sigma = torch.full((n,), s).to(x0)
-            out[f'sigma_{s}{name}'] = float(flow_loss(base(interpolate(x0, eps, sigma), sigma, cond, mask), x0, eps))
+            out[f'sigma_{s}{name}'] = float(flow_loss(velocity(base.transformer, interpolate(x0, eps, sigma), sigma, cond, mask), x0, eps))
     return out
 
 def show_drawings(base, dcae, data: LatentCaptions, flow: FlowConfig, n: int = 8):
@@ -462,3 +463,23 @@ def distance_ladder(lpips: PerceptualMini, data, n: int = 32) -> dict:
     blur = lambda x, s: F.interpolate(F.interpolate(x, scale_factor=1 / s, mode='area'), x.shape[-2:], mode='bilinear')
     copies = dict(same=x, blur_2=blur(x, 2), blur_4=blur(x, 4), blur_8=blur(x, 8), other=x.roll(1, 0))
     return {k: float(lpips(x, y).mean()) for k, y in copies.items()}
+
+# %% ../nbs/18_bases.ipynb #bb6f2857
+def promote(
+    source,                # folder with one subfolder a finished base
+    target,                # data/bases
+    names: list,
+) -> list:                 # the names that were copied
+    "Replace each base of `target` that `source` has."
+    found = [n for n in names if (Path(source)/n).is_dir()]
+    for n in found:
+        with atomic_path(Path(target)/n) as tmp: shutil.copytree(Path(source)/n, tmp)
+    return found
+
+def folder_size(path) -> int:
+    "Bytes of all files below; 0 if there is none."
+    return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
+
+def gather(folder, sizes: dict) -> dict:
+    "One table of what every base reached: the JSON files of `folder` by name, and sizes in bytes."
+    return dict({f.stem: read_json(f) for f in sorted(Path(folder).glob('*.json'))}, bytes=sizes)
