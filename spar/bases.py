@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'edges', 'moments', 'psnr', 'DcaeConfig', 'DcaeObjective', 'tune', 'autoencoder_scores', 'set_scale',
-           'show_pairs', 'pack', 'packed_mask', 'pad_rows', 'RowsConfig', 'plain', 'several_questions', 'MllmRows',
-           'MllmConfig', 'MllmObjective', 'question_accuracy', 'riddle_accuracy', 'pair_accuracy', 'majority_accuracy',
-           'LatentCaptions', 'cache_latents', 'cached', 'one_scale', 'SanaObjective', 'draw', 'flow_by_time',
-           'show_drawings', 'scene_labels', 'Labelled', 'classifier', 'PerceptualObjective', 'label_scores',
-           'distance_ladder', 'promote', 'folder_size', 'gather']
+           'show_pairs', 'pack', 'packed_mask', 'pad_rows', 'RowsConfig', 'plain', 'several_questions', 'cell_labels',
+           'MllmRows', 'MllmConfig', 'MllmObjective', 'question_accuracy', 'riddle_accuracy', 'pair_accuracy',
+           'majority_accuracy', 'LatentCaptions', 'cache_latents', 'cached', 'one_scale', 'SanaObjective', 'draw',
+           'flow_by_time', 'show_drawings', 'scene_labels', 'Labelled', 'classifier', 'PerceptualObjective',
+           'label_scores', 'distance_ladder', 'promote', 'folder_size', 'gather']
 
 # %% ../nbs/18_bases.ipynb #2c271a46
 from .core import Config, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
 from .backbones import MLLM, DCAE, Text2Image, PerceptualMini, encode_text
-from .world import (scene, render, caption, colourless, questions, riddle, facts, pair, edit, crop, thing_text, groups,
+from .world import (scene, render, caption, colourless, questions, riddle, facts, pair, edit, crop, thing_text, groups, boxes, SIDE,
                         RIDDLE_KINDS, EDIT_KINDS, GLYPHS, COLOURS, TEXTURES)
 from .data import as_image
 from .flow import FlowConfig, sample_sigma, interpolate, velocity, flow_loss, sample
 from .training import Objective
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import shutil
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
@@ -143,7 +143,7 @@ def pad_rows(rows: list) -> dict:
 class RowsConfig(Config):
     "What goes into one sequence of the multimodal model."
     dial: str = 'easy'
-    questions: int = 7       # turns with a question, at most
+    each: dict = field(default_factory=lambda: dict(object=3, position=2, existence=2, colour=1, count=1))   # turns of each kind of question, at most: what is hard is asked more
     captions: int = 1        # turns that describe the picture
     edits: float = 0.25      # share of rows whose picture is the source of an edit: what will it be afterwards?
     prompts: int = 1         # 'generate an image : ...' -> what is in it, text only
@@ -155,17 +155,29 @@ def plain(s) -> str:
     "A scene's things in plain words: 'a red heart and two blue stars'."
     return ' and '.join(thing_text(n, c, k, t) for (n, c, t), k in groups(s))
 
-def several_questions(s, seed, k, n: int) -> list:
-    "Up to n different questions: all kinds, asked more than once."
-    asked = {q.text: q for again in range(3) for q in questions(s, seed, k + again * 10 ** 9)}
-    order = rng(seed, 'which questions', k).permutation(len(asked))
-    return [list(asked.values())[i] for i in order[:n]]
+def several_questions(s, seed, k, each: dict) -> list:
+    "Different questions about one scene, up to `each` of a kind."
+    asked = {q.text: q for again in range(4) for q in questions(s, seed, k + again * 10 ** 9)}
+    return [q for kind, n in each.items() for q in [q for q in asked.values() if q.kind == kind][:n]]
+
+# %% ../nbs/18_bases.ipynb #5df78241
+def cell_labels(
+    s,                 # a scene
+    grid: int = 8,     # tokens along one side
+) -> torch.Tensor:     # [grid², 2]: number of the thing and of its colour, 0 for ground
+    "What stands at the centre of every token."
+    out, cell = torch.zeros(grid, grid, 2, dtype=torch.long), SIDE / grid
+    at = (torch.arange(grid) + .5) * cell
+    for name, colour, x0, y0, x1, y1 in boxes(s):
+        inside = ((at >= y0) & (at < y1))[:, None] & ((at >= x0) & (at < x1))[None]
+        out[inside] = torch.tensor([list(GLYPHS).index(name) + 1, list(COLOURS).index(colour) + 1])
+    return out.flatten(0, 1)
 
 # %% ../nbs/18_bases.ipynb #6e433de1
 class MllmRows:
     "Unbounded dataset of packed sequences: scene k with questions, caption and text about it and about nothing."
     def __init__(self, mllm: MLLM, cfg: RowsConfig = RowsConfig(), seed: int = 0, split: str = 'train'):
-        self.tk, self.cfg, self.seed, self.split = mllm.tokenizer, cfg, seed, split
+        self.tk, self.cfg, self.seed, self.split, self.grid = mllm.tokenizer, cfg, seed, split, mllm.grid()
         self.vocab = mllm.tokenizer.get_vocab()
         self.prefix, self.open = self.ids('<bos> <user> ' + mllm.image_text()), self.ids('<assistant>')
         self.close, self.facts = self.ids('<eos>'), [self.ids(f) for f in facts()]
@@ -203,14 +215,14 @@ class MllmRows:
         r, c = rng(self.seed, 'mllm rows', k), self.cfg
         s, after = self.seen(k, r)
         upright = s.style == 'filled' and all(g.turn == 0 for g in s.glyphs)
-        qs = several_questions(s, self.seed, k, c.questions) if upright else []
+        qs = several_questions(s, self.seed, k, c.each) if upright else []
         turns = [self.turn(q.text, q.answer, 'answer') for q in qs] + after
         turns += [self.turn('describe the image .', caption(s, self.seed, k + i * 10 ** 9, self.split), 'caption') for i in range(c.captions)]
-        return dict(image=as_image(render(s)), index=k, row=pack(self.prefix, turns, []), text=pack([], [], self.texts(s, k, qs, r)), kinds=[q.kind for q in qs])
+        return dict(image=as_image(render(s)), cells=cell_labels(s, self.grid), index=k, row=pack(self.prefix, turns, []), text=pack([], [], self.texts(s, k, qs, r)), kinds=[q.kind for q in qs])
     @staticmethod
     def collate(items: list) -> dict:
         "Batch rows."
-        return dict(image=torch.stack([i['image'] for i in items]), index=torch.tensor([i['index'] for i in items]),
+        return dict(image=torch.stack([i['image'] for i in items]), cells=torch.stack([i['cells'] for i in items]), index=torch.tensor([i['index'] for i in items]),
                     **pad_rows([i['row'] for i in items]), **{f'text_{k}': v for k, v in pad_rows([i['text'] for i in items]).items()}, kinds=[i['kinds'] for i in items])
 
 # %% ../nbs/18_bases.ipynb #41e1e645
@@ -220,33 +232,44 @@ class MllmConfig(Config):
     answer: float = 1.0
     caption: float = 0.5
     text: float = 0.5
+    see: float = 1.0         # the head on image tokens
+    see_until: float = 0.7   # share of the training after which the head is off
 
 class MllmObjective(Objective):
-    "Next-token loss on the assistant's words."
+    "Next-token loss on the assistant's words; a head that names what stands at each image token."
     def __init__(self, mllm: MLLM, cfg: MllmConfig):
         super().__init__()
         self.mllm, self.cfg = mllm, cfg
-    def weights(self, progress, player='model'): return self.cfg.to_dict()
-    def run(self, ids, segment, sees, position, kind, image=None):
+        self.things, self.colours = nn.Linear(mllm.hidden_size, len(GLYPHS) + 1), nn.Linear(mllm.hidden_size, len(COLOURS) + 1)
+    def weights(self, progress, player='model'):
+        c = self.cfg
+        return dict(answer=c.answer, caption=c.caption, text=c.text, see=c.see if progress < c.see_until else 0.)
+    def see(self, f_v, cells):
+        "Cross-entropy of thing and colour at every token."
+        f_v = F.layer_norm(f_v.float(), f_v.shape[-1:])
+        return sum(F.cross_entropy(head(f_v).float().flatten(0, 1), cells[..., i].flatten()) for i, head in enumerate((self.things, self.colours)))
+    def run(self, ids, segment, sees, position, kind, f_v=None):
         "Logits [M, V], targets [M] and kinds [M] of the M target tokens of packed rows."
         m = self.mllm; e = m.embed(ids)
-        if image is not None: e = m.splice(e, (ids == m.image_token) & (segment == 0), m.encode(image))
+        if f_v is not None: e = m.splice(e, (ids == m.image_token) & (segment == 0), f_v)
         look = torch.where(packed_mask(segment, sees), 0., -1e4)
         look = look.to(torch.bfloat16 if torch.is_autocast_enabled(e.device.type) else e.dtype)
         h, = m.states(e, look, [m.num_layers], positions=position)
         at = kind[:, 1:] > 0                                           # a token predicts its successor
         return m.hf.lm_head(h[:, :-1][at]), ids[:, 1:][at], kind[:, 1:][at]
-    def logits(self, batch, text: bool = False):
+    def logits(self, batch, text: bool = False, f_v=None):
         "Of the picture rows, or of the text rows."
         fields = ('ids', 'segment', 'sees', 'position', 'kind')
         if text: return self.run(*(batch[f'text_{f}'] for f in fields))
-        return self.run(*(batch[f] for f in fields), batch['image'])
+        return self.run(*(batch[f] for f in fields), self.mllm.encode(batch['image']) if f_v is None else f_v)
     def terms(self, batch, weights, player='model'):
         out, mean = {}, lambda loss, on: (loss * on).sum() / on.sum().clamp(min=1)
+        f_v = self.mllm.encode(batch['image'])
+        if weights.get('see'): out['see'] = self.see(f_v, batch['cells'])
         for text in (False, True):                                     # picture rows, then text rows
             wanted = [k for k in KINDS if weights.get(k) and (k == 'text') == text]
             if not wanted: continue
-            logits, target, kind = self.logits(batch, text)
+            logits, target, kind = self.logits(batch, text, f_v)
             loss = F.cross_entropy(logits.float(), target, reduction='none')
             out |= {k: mean(loss, kind == KINDS.index(k) + 1) for k in wanted}
         return out
