@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_WORDS', 'PARTS', 'Read', 'opened', 'grey16', 'over_white', 'to_rgb', 'read_image', 'squared',
            'as_list', 'checked_texts', 'SparOutput', 'to_pil', 'from_pil', 'SparPipeline', 'batches', 'pictures',
-           'draw', 'edit', 'paired', 'reconstruct', 'answer', 'save_pretrained', 'from_pretrained']
+           'draw', 'edit', 'paired', 'reconstruct', 'answer', 'save_pretrained', 'part_of', 'from_pretrained']
 
 # %% ../nbs/30_pipeline.ipynb #d673184b
 import re
@@ -235,6 +235,13 @@ def save_pretrained(self: SparPipeline, folder):
         save_mllm(self.mllm, tmp/'mllm', torch.float32)
         self.image_tokenizer.save_pretrained(tmp/'image_tokenizer'); self.unified.save_pretrained(tmp/'unified', head=False)
 
+def part_of(folder: Path, name: str, load, *args, **kw):
+    "Load one part; whatever the library says about a damaged file, the user learns which part it is and what to do."
+    try: return load(folder/name, *args, **kw)
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f'{folder/name} is damaged or incomplete ({why}). Delete {str(folder)!r} and run `dvc repro assemble`.') from e
+
 def from_pretrained(
     folder='artifacts/pipeline',
     device=None,               # None: CUDA, MPS or the CPU, in this order
@@ -245,9 +252,9 @@ def from_pretrained(
     if not folder.is_dir(): raise FileNotFoundError(f'no model in {str(folder)!r}. `make repro` trains one into artifacts/pipeline (45 minutes on two cores).')
     lacking = [p for p in ('model_index.json', *PARTS) if not (folder/p).exists()]
     if lacking: raise FileNotFoundError(f'{str(folder)!r} is not a SparPipeline: {", ".join(lacking)} is missing. Delete it and run `dvc repro assemble`.')
-    mllm = load_mllm(folder/'mllm')
-    image_tokenizer = Tokenizer.from_pretrained(folder/'image_tokenizer', mllm)
-    unified = Unified.from_pretrained(folder/'unified', mllm, image_tokenizer, alignment=dict(kind='none'))
+    mllm = part_of(folder, 'mllm', load_mllm)
+    image_tokenizer = part_of(folder, 'image_tokenizer', Tokenizer.from_pretrained, mllm)
+    unified = part_of(folder, 'unified', Unified.from_pretrained, mllm, image_tokenizer, alignment=dict(kind='none'))
     return SparPipeline(mllm, image_tokenizer, freeze(unified), precision).to(device or pick_device())
 
 SparPipeline.save_pretrained, SparPipeline.from_pretrained = save_pretrained, staticmethod(from_pretrained)

@@ -28,3 +28,6 @@ def run(cmd: list, cwd: Path, **env) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope='session')
 def tree(tmp_path_factory): return clone(tmp_path_factory.mktemp('clone'))
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'smoke: runs the whole pipeline once (`-m "not smoke"` leaves it out)')

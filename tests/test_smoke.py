@@ -1,0 +1,184 @@
+"""The whole pipeline on random backbones in a copy of the working tree, and what a user does with its result."""
+import json, os, re, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import psutil, pytest
+from PIL import Image
+from conftest import ROOT, clone, run
+from spar import cli
+from spar.core import file_hash
+from spar.pipeline import SparPipeline, read_image
+
+pytestmark = pytest.mark.smoke
+CPU_SECONDS = 6 * 60      # of one core: on two the pipeline takes no longer than this
+
+def children_cpu(): u = resource.getrusage(resource.RUSAGE_CHILDREN); return u.ru_utime + u.ru_stime
+
+@pytest.fixture(scope='session')
+def smoke(tree):
+    "The clone after `dvc repro`; what it printed is in repro.log."
+    before, done = children_cpu(), run(['dvc', 'repro'], tree)
+    (tree/'repro.log').write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    (tree/'cpu').write_text(str(children_cpu() - before))
+    return tree
+
+def read(tree, name): return json.loads((tree/'metrics'/f'{name}.json').read_text())
+
+def numbers(value):
+    if isinstance(value, dict): return [n for v in value.values() for n in numbers(v)]
+    return [n for v in value for n in numbers(v)] if isinstance(value, list) else [value]
+
+
+def test_takes_under_six_minutes(smoke): assert float((smoke/'cpu').read_text()) < CPU_SECONDS
+
+RECONSTRUCTION = {'psnr', 'psnr_ci', 'ssim', 'ssim_range2', 'lpips_squeeze_mini', 'n'}
+KINDS = {'overall', 'existence', 'count', 'colour', 'position', 'object', 'pairs', 'riddles'}
+TASKS = {'overall', 'overall_ci', 'single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr'}
+TYPES = {'overall', 'overall_ci', 'add', 'adjust', 'extract', 'replace', 'remove', 'background', 'style', 'hybrid', 'action'}
+
+def test_reconstruction_metrics(smoke):
+    m = read(smoke, 'reconstruction'); rows = {'init', 'decoder', 'spar', 'dcae', 'dcae_tuned'}
+    assert rows <= set(m['glyphs']) and rows <= set(m['photos'])
+    assert all(RECONSTRUCTION | {'rfid_efflite0'} <= set(m['glyphs'][r]) for r in rows)
+    assert all(RECONSTRUCTION <= set(m['photos'][r]) and 'rfid_efflite0' not in m['photos'][r] for r in rows)
+
+def test_understanding_metrics(smoke):
+    m = read(smoke, 'understanding')
+    assert KINDS <= set(m['base']) and KINDS <= set(m['spar']) and {'chance', 'n'} <= set(m)
+    assert all(0 <= m[who][k] <= 1 for who in ('base', 'spar') for k in KINDS)
+
+def test_generation_metrics(smoke):
+    m = read(smoke, 'generation')
+    assert TASKS <= set(m['geneval_mini']) and {'overall', 'cultural', 'time', 'space', 'biology', 'physics', 'chemistry'} <= set(m['wise_mini'])
+    assert {'judge_on_renders', 'judge_on_dcae', 'chance_geneval', 'chance_wise', 'sana_base', 'sana_tuned'} <= set(m['rulers'])
+    assert {'geneval_mini_heldout', 'n_images'} <= set(m)
+
+def test_editing_metrics(smoke):
+    m = read(smoke, 'editing')
+    assert TYPES <= set(m['imgedit_mini']) and {'copy_input', 'judge_on_targets'} <= set(m['rulers']) and {'preservation', 'n'} <= set(m)
+
+def test_metrics_are_numbers_and_nothing_volatile(smoke):
+    for file in (smoke/'metrics').rglob('*.json'):
+        if file.name == 'run.json': continue
+        text = file.read_text(); m = json.loads(text)
+        assert not re.search(r'NaN|Infinity', text) and not {'seconds', 'commit', 'device', 'time'} & set(m), file
+        assert all(isinstance(n, (int, float, str)) or n is None for n in numbers(m))
+
+def test_run_json_knows_every_stage(smoke):
+    m = read(smoke, 'run'); stages = set(re.findall(r"Running stage '(\w+)'", (smoke/'repro.log').read_text()))
+    assert stages == set(m) == {p.stem for p in (ROOT/'nbs/stages').glob('*.ipynb')}
+    assert all({'seconds', 'peak_memory_gb', 'device', 'versions', 'commit', 'seed'} <= set(s) for s in m.values())
+
+def test_training_is_visible_while_it_runs(smoke): assert re.search(r'tokenizer_1_init: 100%', (smoke/'repro.log').read_text())
+
+def test_pictures_and_report_are_there(smoke):
+    assert len(list((smoke/'plots').rglob('*.png'))) >= 8 and len(list((smoke/'plots').rglob('*.csv'))) >= 6
+    pages = [p for p in (smoke/'artifacts/report').rglob('*.html')]
+    assert pages and not re.search(r'(src|href)="https?://[^"]+\.(js|css|png)"', pages[0].read_text()), 'one self-contained file'
+
+
+def test_second_repro_runs_nothing(smoke):
+    done = run(['dvc', 'repro'], smoke)
+    assert done.returncode == 0 and 'Running stage' not in done.stdout, done.stdout
+
+def status(tree): return {k for k in json.loads(run(['dvc', 'status', '--json'], tree).stdout or '{}') if not k.endswith('.dvc')}
+
+def test_prose_of_a_component_reruns_nothing_and_a_cell_reruns_its_stage(smoke):
+    before = status(smoke)
+    prose = smoke/'nbs/10_streams.ipynb'; nb = json.loads(prose.read_text())
+    next(c for c in nb['cells'] if c['cell_type'] == 'markdown')['source'] = '# Other words'
+    prose.write_text(json.dumps(nb)); assert status(smoke) == before
+    cell = smoke/'nbs/stages/unified_3_sft.ipynb'; kept = cell.read_text(); nb = json.loads(kept)
+    nb['cells'][-1]['source'] = ''.join(nb['cells'][-1]['source']) + '\n1 + 1'
+    cell.write_text(json.dumps(nb))
+    try: assert status(smoke) - before == {'unified_3_sft'}
+    finally: cell.write_text(kept)
+
+def stage(tree, name): return subprocess.Popen(['spar_stage', name], cwd=tree, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    env={**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': str(tree), 'OMP_NUM_THREADS': '1'})
+
+def result(tree, name): return file_hash(tree/'artifacts'/name), file_hash(tree/'metrics/stages'/f'{name}.json'), file_hash(tree/'plots'/name/'loss.csv')
+
+def kill_tree(p):
+    for q in [*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)]: q.send_signal(signal.SIGKILL)
+    p.wait()
+
+def test_a_killed_stage_continues_to_the_same_bytes(smoke):
+    name = 'tokenizer_3_encoder'; whole = result(smoke, name)
+    p, state = stage(smoke, name), smoke/'runs/smoke'/name/'checkpoint/state.json'
+    while p.poll() is None and not state.exists(): time.sleep(.01)
+    kill_tree(p); assert state.exists(), 'a finished stage would have deleted its checkpoint'
+    p = stage(smoke, name); out = p.communicate(timeout=600)[0]
+    assert p.returncode == 0 and 'Resumed at step' in out, out[-2000:]
+    assert result(smoke, name) == whole and not state.exists()
+
+def test_the_same_stage_twice_gives_the_same_bytes(smoke):
+    name = 'unified_2_joint'; once = result(smoke, name)
+    p = stage(smoke, name); out = p.communicate(timeout=600)[0]
+    assert p.returncode == 0, out[-2000:]
+    assert result(smoke, name) == once
+
+def test_a_failing_stage_says_why_on_one_screen(smoke, tmp_path):
+    kept = (smoke/'configs/smoke.yaml').read_text()
+    try:
+        (smoke/'configs/smoke.yaml').write_text(kept.replace('prepare: {bases: random}', 'prepare: {bases: data/bases}'))
+        done = run(['spar_stage', 'prepare'], smoke); out = done.stdout + done.stderr
+        assert done.returncode == 1 and 'data/bases' in out and 'dvc pull data.dvc' in out and len(out.splitlines()) < 40, out
+    finally: (smoke/'configs/smoke.yaml').write_text(kept)
+
+
+@pytest.fixture(scope='session')
+def pipe(smoke): return SparPipeline.from_pretrained(smoke/'artifacts/pipeline', 'cpu')
+
+def odd_pictures(folder):
+    "A dozen kinds of picture files that people have."
+    g = np.random.default_rng(0); rgb = Image.fromarray(g.integers(0, 255, (50, 70, 3), np.uint8)); exif = Image.Exif(); exif[0x0112] = 6
+    rgb.quantize(16).save(folder/'palette.png'); rgb.save(folder/'plain.jpg', exif=exif); rgb.convert('CMYK').save(folder/'cmyk.jpg', exif=exif)
+    Image.fromarray(g.integers(0, 65535, (50, 70), np.uint16)).save(folder/'grey16.tif'); Image.fromarray(g.random((50, 70), np.float32)).save(folder/'float.tif')
+    rgb.convert('RGBA').save(folder/'alpha.png'); rgb.convert('LA').save(folder/'la.png'); rgb.convert('1').save(folder/'bits.png'); rgb.convert('L').save(folder/'grey.bmp')
+    rgb.save(folder/'film.gif', save_all=True, append_images=[rgb.rotate(90)]); rgb.crop((0, 0, 1, 1)).save(folder/'dot.png'); rgb.resize((3, 900)).save(folder/'thin.webp')
+    return sorted(folder.iterdir())
+
+def test_every_kind_of_picture_passes(pipe, tmp_path):
+    files = odd_pictures(tmp_path); out = pipe.reconstruct(files)
+    assert [im.size for im in out.images] == [(64, 64)] * len(files) and all(im.mode == 'RGB' for im in out.images)
+    assert all(any(f.name in note for note in out.notes) for f in files), 'each says what was done to it'
+    assert read_image(tmp_path/'plain.jpg').image.size == (50, 70), 'upright'
+
+@pytest.mark.parametrize('name', ['nowhere.png', 'text.png', 'cut.jpg', 'empty.png', 'huge.png', 'folder'])
+def test_bad_pictures_give_one_line(pipe, smoke, tmp_path, name):
+    Image.new('RGB', (80, 80), 'red').save(tmp_path/'ok.jpg'); (tmp_path/'cut.jpg').write_bytes((tmp_path/'ok.jpg').read_bytes()[:300])
+    (tmp_path/'text.png').write_text('hello'); (tmp_path/'empty.png').write_bytes(b''); (tmp_path/'folder').mkdir(); Image.new('1', (20000, 9000)).save(tmp_path/'huge.png')
+    with pytest.raises((ValueError, OSError), match=name): pipe.reconstruct(tmp_path/name)
+
+@pytest.mark.parametrize('prompt,says', [('', 'empty'), ('   ', 'empty'), ('red ' * 200, '200 words'), ('a red staar', "'staar'.*star.*spar_words"), ('a red \N{SNOWMAN}', '\N{SNOWMAN}'), ('<IMG_CONTEXT>', 'special token')])
+def test_bad_prompts_give_one_line(smoke, prompt, says, capsys, tmp_path, pipe, monkeypatch):
+    monkeypatch.setattr(cli, 'loaded', lambda args: pipe)
+    with pytest.raises(SystemExit, match=says): cli.generate([prompt, '--out', str(tmp_path/'x.png')])
+
+def test_commands(smoke, pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'loaded', lambda args: pipe); a, b = tmp_path/'a.png', tmp_path/'b.png'
+    cli.generate(['a red star', '--out', str(a), '--steps', '2', '--num', '2']); cli.edit([str(a), 'remove the star', '--steps', '2', '--out', str(b)])
+    cli.reconstruct([str(a), '--out', str(b)]); cli.answer([str(a), 'how many stars are there'])
+    assert a.exists() and b.exists() and (tmp_path/'a-1.png').exists() and 'wrote' in capsys.readouterr().out
+    cli.words(['--model', str(smoke/'artifacts/pipeline')]); assert 'star' in capsys.readouterr().out.split()
+
+def test_generate_from_the_shell_twice_is_the_same_picture(smoke):
+    pictures, before = [], children_cpu()
+    for name in ('one.png', 'two.png'):
+        done = run(['spar_generate', 'a red star left of a blue heart on a white background', '--out', name], smoke)
+        assert done.returncode == 0, done.stderr
+        pictures.append(Image.open(smoke/name).tobytes())
+    assert pictures[0] == pictures[1] and (children_cpu() - before) / 2 < 20
+
+@pytest.mark.parametrize('part', ['mllm/model.safetensors', 'image_tokenizer/model.safetensors', 'unified/model.safetensors', 'unified/transformer/diffusion_pytorch_model.safetensors',
+                                  'unified/config.json', 'image_tokenizer/config.json', 'mllm/config.json', 'mllm/tokenizer.json'])
+@pytest.mark.parametrize('damage', ['missing', 'cut'])
+def test_damaged_models_name_the_part(smoke, tmp_path, part, damage):
+    shutil.copytree(smoke/'artifacts/pipeline', tmp_path/'pipe'); file = tmp_path/'pipe'/part
+    file.unlink() if damage == 'missing' else file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises((ValueError, OSError), match=re.escape(part.split('/')[0]) + '(?s:.*)(dvc|make)'): SparPipeline.from_pretrained(tmp_path/'pipe', 'cpu')
+
+def test_no_model_names_the_command(tmp_path):
+    with pytest.raises(SystemExit, match='make repro'): cli.generate(['a red star', '--model', str(tmp_path/'none'), '--out', str(tmp_path/'x.png')])
