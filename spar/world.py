@@ -13,7 +13,7 @@ __all__ = ['SIDE', 'GLYPHS', 'COLOURS', 'ALIKE', 'DIALS', 'OBJECTS', 'HELD_OUT',
            'caption', 'Question', 'once', 'ask_existence', 'ask_count', 'ask_colour', 'ask_position', 'ask_object',
            'questions', 'exam', 'pair', 'Edit', 'expected', 'changed_region', 'side_of', 'other_colour', 'other_ground',
            'edit_add', 'edit_remove', 'edit_adjust', 'edit_replace', 'edit_extract', 'edit_background', 'edit_style',
-           'edit_hybrid', 'edit_action', 'edit', 'Riddle', 'is_test_riddle', 'riddle', 'facts', 'Prompt',
+           'edit_hybrid', 'edit_action', 'edit', 'Riddle', 'is_test_riddle', 'riddle_asks', 'riddle', 'facts', 'Prompt',
            'geneval_asks', 'geneval_prompt', 'colourless', 'vocabulary', 'photo', 'crop']
 
 # %% ../nbs/02_world.ipynb #b8196e9b
@@ -548,17 +548,23 @@ def is_test_riddle(name: str, colour: str, i: int, j: int) -> bool:
     "45 % of the few (thing clue, colour clue) combinations are kept for testing, so that each kind has thirty."
     return hashlib.blake2b(repr((name, colour, i, j)).encode(), digest_size=4).digest()[0] % 20 < 9
 
-def riddle(kind: str, seed: int, split: str, index: int) -> Riddle:
-    "Riddle number `index` of a kind; (thing clue, colour clue) combinations are split by their hash."
-    clues = CLUES[one_of(kind, RIDDLE_KINDS, 'riddle')]
-    for attempt in range(1000):
-        g = rng(seed, f'riddle/{kind}/{split}/{attempt}', index)
-        name, colour = list(clues)[g.integers(len(clues))], list(COLOUR_CLUES)[g.integers(6)]
-        i, j, of_colour = int(g.integers(2)), int(g.integers(2)), g.random() < .5
-        if (name, colour) in HELD_OUT or is_test_riddle(name, colour, i, j) != (split == 'test'): continue
-        prompt = f'the thing that {clues[name][i]} , in the colour of {COLOUR_CLUES[colour][j]}'
-        return Riddle(kind, prompt, f'{prompt} . ' + ('which colour is it ?' if of_colour else 'which object is it ?'), colour if of_colour else name, ((name, colour),))
-    raise RuntimeError(f'no riddle {kind} {index}')
+@functools.lru_cache(None)
+def riddle_asks(kind: str, seed: int, test: bool) -> list:
+    "All (name, colour, thing clue, colour clue) of a kind on one side of the split, shuffled."
+    asks = [(n, c, i, j) for n, clues in CLUES[kind].items() for c, has in COLOUR_CLUES.items() for i in range(len(clues)) for j in range(len(has))
+            if (n, c) not in HELD_OUT and is_test_riddle(n, c, i, j) == test]
+    return [asks[i] for i in rng(seed, f'riddles/{kind}/{test}').permutation(len(asks))]
+
+def riddle(
+    kind: str,                           # one of RIDDLE_KINDS
+    seed: int, split: str, index: int,   # nothing is asked twice before everything was asked once; 'val' asks what 'train' asks
+) -> Riddle:
+    "Riddle number `index` of a kind."
+    asks = riddle_asks(one_of(kind, RIDDLE_KINDS, 'riddle'), seed, one_of(split, SPLITS, 'split') == 'test')
+    name, colour, i, j = asks[index % len(asks)]
+    of_colour = rng(seed, f'riddle/{kind}/{split}', index).random() < .5
+    prompt = f'the thing that {CLUES[kind][name][i]} , in the colour of {COLOUR_CLUES[colour][j]}'
+    return Riddle(kind, prompt, f'{prompt} . ' + ('which colour is it ?' if of_colour else 'which object is it ?'), colour if of_colour else name, ((name, colour),))
 
 def facts() -> list[str]:
     "Every single fact as a sentence: what makes the riddles answerable."
