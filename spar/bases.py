@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'edges', 'moments', 'psnr', 'DcaeConfig', 'DcaeObjective', 'tune', 'autoencoder_scores', 'set_scale',
            'show_pairs', 'pack', 'packed_mask', 'pad_rows', 'RowsConfig', 'plain', 'several_questions', 'cell_labels',
-           'MllmRows', 'MllmConfig', 'MllmObjective', 'question_accuracy', 'riddle_accuracy', 'pair_accuracy',
-           'majority_accuracy', 'LatentCaptions', 'cache_latents', 'cached', 'one_scale', 'SanaObjective', 'draw',
-           'flow_by_time', 'show_drawings', 'scene_labels', 'Labelled', 'classifier', 'PerceptualObjective',
-           'label_scores', 'distance_ladder', 'promote', 'folder_size', 'gather']
+           'CellHead', 'CellScenes', 'TowerObjective', 'cell_accuracy', 'MllmRows', 'MllmConfig', 'MllmObjective',
+           'question_accuracy', 'riddle_accuracy', 'pair_accuracy', 'majority_accuracy', 'LatentCaptions',
+           'cache_latents', 'cached', 'one_scale', 'SanaObjective', 'draw', 'flow_by_time', 'show_drawings',
+           'scene_labels', 'Labelled', 'classifier', 'PerceptualObjective', 'label_scores', 'distance_ladder',
+           'promote', 'folder_size', 'gather']
 
 # %% ../nbs/18_bases.ipynb #2c271a46
 from .core import Config, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
@@ -173,6 +174,43 @@ def cell_labels(
         out[inside] = torch.tensor([list(GLYPHS).index(name) + 1, list(COLOURS).index(colour) + 1])
     return out.flatten(0, 1)
 
+# %% ../nbs/18_bases.ipynb #33a6c1a2
+class CellHead(nn.Module):
+    "Thing and colour at every image token: a linear layer on the normalised feature."
+    def __init__(self, dim: int, ground: float = .2):   # ground: weight of tokens where nothing stands
+        super().__init__()
+        self.ground = ground
+        self.heads = nn.ModuleList([nn.Linear(dim, len(GLYPHS) + 1), nn.Linear(dim, len(COLOURS) + 1)])
+    def logits(self, f_v): return [h(F.layer_norm(f_v.float(), f_v.shape[-1:])).float().flatten(0, 1) for h in self.heads]
+    def forward(self, f_v, cells):
+        "Cross-entropy of both."
+        weigh = lambda n: torch.ones(n, device=f_v.device).index_fill(0, torch.tensor([0], device=f_v.device), self.ground)
+        return sum(F.cross_entropy(l, cells[..., i].flatten(), weight=weigh(l.shape[-1])) for i, l in enumerate(self.logits(f_v)))
+
+class CellScenes:
+    "Unbounded dataset: `image`, `cells`, `index`."
+    def __init__(self, seed: int = 0, split: str = 'train', dial: str = 'easy', grid: int = 8):
+        self.seed, self.split, self.dial, self.grid = seed, split, dial, grid
+    def __getitem__(self, k):
+        s = scene(self.seed, self.split, k, self.dial)
+        return dict(image=as_image(render(s)), cells=cell_labels(s, self.grid), index=k)
+
+class TowerObjective(Objective):
+    "The encoder alone, with the head: the tower's pre-training."
+    def __init__(self, encoder: nn.Module, head: CellHead):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+    def weights(self, progress, player='model'): return dict(see=1.)
+    def terms(self, batch, weights, player='model'): return dict(see=self.head(self.encoder(batch['image']), batch['cells']))
+
+@torch.no_grad()
+def cell_accuracy(objective: TowerObjective, data: CellScenes, n: int = 128) -> dict:
+    "Share of tokens on a thing whose thing, and whose colour, is named rightly."
+    items = [data[k] for k in range(n)]; x, c = [torch.stack([i[k] for i in items]) for k in ('image', 'cells')]
+    said = objective.head.logits(objective.encoder(x.to(next(objective.parameters()).device)))
+    on = c[..., 0].flatten() > 0
+    return {name: float((l.argmax(-1).cpu() == c[..., i].flatten())[on].float().mean()) for i, (name, l) in enumerate(zip(('thing', 'colour'), said))}
+
 # %% ../nbs/18_bases.ipynb #6e433de1
 class MllmRows:
     "Unbounded dataset of packed sequences: scene k with questions, caption and text about it and about nothing."
@@ -237,17 +275,13 @@ class MllmConfig(Config):
 
 class MllmObjective(Objective):
     "Next-token loss on the assistant's words; a head that names what stands at each image token."
-    def __init__(self, mllm: MLLM, cfg: MllmConfig):
+    def __init__(self, mllm: MLLM, cfg: MllmConfig, head: CellHead | None = None):
         super().__init__()
         self.mllm, self.cfg = mllm, cfg
-        self.things, self.colours = nn.Linear(mllm.hidden_size, len(GLYPHS) + 1), nn.Linear(mllm.hidden_size, len(COLOURS) + 1)
+        self.head = head or CellHead(mllm.hidden_size)
     def weights(self, progress, player='model'):
         c = self.cfg
         return dict(answer=c.answer, caption=c.caption, text=c.text, see=c.see if progress < c.see_until else 0.)
-    def see(self, f_v, cells):
-        "Cross-entropy of thing and colour at every token."
-        f_v = F.layer_norm(f_v.float(), f_v.shape[-1:])
-        return sum(F.cross_entropy(head(f_v).float().flatten(0, 1), cells[..., i].flatten()) for i, head in enumerate((self.things, self.colours)))
     def run(self, ids, segment, sees, position, kind, f_v=None):
         "Logits [M, V], targets [M] and kinds [M] of the M target tokens of packed rows."
         m = self.mllm; e = m.embed(ids)
@@ -265,7 +299,7 @@ class MllmObjective(Objective):
     def terms(self, batch, weights, player='model'):
         out, mean = {}, lambda loss, on: (loss * on).sum() / on.sum().clamp(min=1)
         f_v = self.mllm.encode(batch['image'])
-        if weights.get('see'): out['see'] = self.see(f_v, batch['cells'])
+        if weights.get('see'): out['see'] = self.head(f_v, batch['cells'])
         for text in (False, True):                                     # picture rows, then text rows
             wanted = [k for k in KINDS if weights.get(k) and (k == 'text') == text]
             if not wanted: continue
