@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'STYLE', 'show', 'wrapped', 'edit_sheet', 'score_bars', 'layer_map', 'token_words', 'read_csv', 'curves',
-           'number', 'markdown_table', 'ours_for_claims', 'claims_table', 'as_png', 'table_html', 'html_page']
+           'number', 'markdown_table', 'ours_for_claims', 'claims_table', 'as_png', 'save_figure', 'table_html',
+           'html_page']
 
 # %% ../nbs/34_figures.ipynb #0fe64490
 from .core import atomic_path
@@ -168,6 +169,13 @@ def as_png(
     if isinstance(fig, (str, Path)): return Path(fig).read_bytes()
     buffer = io.BytesIO(); fig.savefig(buffer, format='png', metadata={'Software': None}); plt.close(fig)
     return buffer.getvalue()
+
+def save_figure(
+    fig,  # a matplotlib figure
+    path, # of the PNG; its folder is made
+):
+    "Write a picture, whole or not at all."
+    with atomic_path(path) as tmp: tmp.write_bytes(as_png(fig))
 
 def table_html(
     text: str, # a Markdown table
