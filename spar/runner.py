@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fitted', 'merged', 'yaml_file', 'profiles', 'stage_names', 'notebook_of', 'rerouted', 'ablation_of', 'resolved',
-           'is_first', 'kernel_environment', 'execute', 'brief', 'record', 'run_stage', 'stage_of', 'code_deps',
-           'with_code_deps', 'write_dvc', 'parser', 'main']
+           'is_first', 'kernel_environment', 'execute', 'brief', 'record', 'make_folders', 'run_stage', 'stage_of',
+           'code_deps', 'with_code_deps', 'write_dvc', 'parser', 'main']
 
 # %% ../nbs/23_runner.ipynb #370ca8ce
 import argparse, os, resource, shutil, sys, time
@@ -141,11 +141,18 @@ def record(name: str, params: dict, seconds: float, path: Path):
     known[name] = dict(seconds=round(seconds, 1), peak_memory_gb=round(kilobytes / 2 ** 20, 3), seed=params.get('seed'), **provenance())
     write_json(path, known)
 
+def make_folders(value):
+    "Plot folders, and the parents of whatever else the parameters name: a notebook may save without asking."
+    if isinstance(value, dict): value = list(value.values())
+    if isinstance(value, list): [make_folders(v) for v in value]
+    if isinstance(value, str) and value.startswith(('artifacts/', 'metrics/', 'plots/')) and ' ' not in value:
+        path = Path(value); (path if value.startswith('plots/') and not path.suffix else path.parent).mkdir(parents=True, exist_ok=True)
+
 def run_stage(name: str, profile: str, kind='stages', ablation=None) -> Path:
     "Resolve, run, record; returns the executed copy. The checkpoint of a finished stage is deleted, a base keeps its own."
     from papermill.exceptions import PapermillExecutionError
     params, beside = resolved(name, profile, kind, ablation), f'evidence/{ablation}' if ablation else ''
-    run, began = Path('runs', profile, beside, name), time.monotonic()
+    run, began = Path('runs', profile, beside, name), time.monotonic(); make_folders(params)
     try: copy = execute(notebook_of(name, kind), params, run)
     except PapermillExecutionError as e: raise SystemExit(brief(e, name, run.with_suffix('.ipynb'))) from None
     if is_first():
