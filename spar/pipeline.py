@@ -36,6 +36,7 @@ def opened(source) -> tuple[Image.Image, str]:
     try: return Image.open(source), str(source)
     except UnidentifiedImageError: raise ValueError(f'{source} is not a picture that Pillow can read.') from None
     except Image.DecompressionBombError: raise ValueError(f'{source} claims more than {MAX_PIXELS // 10**6} million pixels; that much is refused. Scale it down first.') from None
+    except (OSError, SyntaxError, ValueError) as e: raise ValueError(f'{source} is damaged or cut off ({e}).') from None
 
 # %% ../nbs/30_pipeline.ipynb #6d19ed59
 def grey16(im: Image.Image) -> Image.Image:
