@@ -176,16 +176,19 @@ def cell_labels(
 
 # %% ../nbs/18_bases.ipynb #33a6c1a2
 class CellHead(nn.Module):
-    "Thing and colour at every image token: a linear layer on the normalised feature."
-    def __init__(self, dim: int, ground: float = .2):   # ground: weight of tokens where nothing stands
+    "Thing, colour, row and column of every image token: a linear layer on the normalised feature."
+    def __init__(self, dim: int, grid: int = 8, ground: float = .2):   # ground: weight of tokens where nothing stands
         super().__init__()
-        self.ground = ground
-        self.heads = nn.ModuleList([nn.Linear(dim, len(GLYPHS) + 1), nn.Linear(dim, len(COLOURS) + 1)])
+        self.ground, self.grid = ground, grid
+        self.heads = nn.ModuleList([nn.Linear(dim, n) for n in (len(GLYPHS) + 1, len(COLOURS) + 1, grid, grid)])
     def logits(self, f_v): return [h(F.layer_norm(f_v.float(), f_v.shape[-1:])).float().flatten(0, 1) for h in self.heads]
     def forward(self, f_v, cells):
-        "Cross-entropy of both."
+        "Cross-entropy of all four."
         weigh = lambda n: torch.ones(n, device=f_v.device).index_fill(0, torch.tensor([0], device=f_v.device), self.ground)
-        return sum(F.cross_entropy(l, cells[..., i].flatten(), weight=weigh(l.shape[-1])) for i, l in enumerate(self.logits(f_v)))
+        thing, colour, row, col = self.logits(f_v)
+        at = torch.arange(cells.shape[1], device=f_v.device).repeat(len(cells))
+        where = F.cross_entropy(row, at // self.grid) + F.cross_entropy(col, at % self.grid)
+        return where + sum(F.cross_entropy(l, cells[..., i].flatten(), weight=weigh(l.shape[-1])) for i, l in enumerate((thing, colour)))
 
 class CellScenes:
     "Unbounded dataset: `image`, `cells`, `index`."
@@ -278,7 +281,7 @@ class MllmObjective(Objective):
     def __init__(self, mllm: MLLM, cfg: MllmConfig, head: CellHead | None = None):
         super().__init__()
         self.mllm, self.cfg = mllm, cfg
-        self.head = head or CellHead(mllm.hidden_size)
+        self.head = head or CellHead(mllm.hidden_size, mllm.grid())
     def weights(self, progress, player='model'):
         c = self.cfg
         return dict(answer=c.answer, caption=c.caption, text=c.text, see=c.see if progress < c.see_until else 0.)
