@@ -41,7 +41,7 @@ class Ground:
     "What the judge sees of the whole picture."
     colour: str           # of the background
     texture: str='plain'  # plain, gradient, stripes, dots, checks
-    style: str='filled'   # filled, outline, inverted, grey
+    style: str='filled'   # filled, outline, inverted, grey; inverted scenes of black and white may look filled
 
 # %% ../nbs/32_judges.ipynb #e7c1baec
 @dataclass
@@ -196,8 +196,8 @@ def free_scene(
         name, colour = draw_thing(g, d, b.colour, 'held_out' if g.random() < .1 else 'seen')
         size = int(g.integers(16, 45)); reach = size // 2
         x, y = (int(v) for v in g.integers(reach, 65 - reach, size=2))
-        if all(max(abs(x - o.x), abs(y - o.y)) >= reach + o.size / 2 for o in glyphs): glyphs += (Glyph(name, colour, x, y, size, 2 * int(g.random() < .1)),)
-    return Scene(glyphs, b, STYLES[1 + g.integers(3)] if g.random() < .15 else 'filled')
+        if all(max(abs(x - o.x), abs(y - o.y)) >= reach + o.size / 2 for o in glyphs): glyphs += (Glyph(name, colour, x, y, size, 2 * int(g.random() < .3)),)
+    return Scene(glyphs, b, STYLES[1 + g.integers(3)] if g.random() < .4 else 'filled')
 
 # %% ../nbs/32_judges.ipynb #bc54eda6
 def judge_scene(
@@ -206,11 +206,11 @@ def judge_scene(
     k: int,      # sample
     dial: str='easy',
 )->Scene:
-    "Half of them the world's own, a quarter results of edits, a quarter free."
+    "Nearly half of them the world's own, a fifth results of edits, a third free."
     g = rng(seed, f'judge/{split}', k); u = g.random()
-    if u < .25: return free_scene(g, dial)
-    if u < .50: return edit(EDIT_KINDS[g.integers(9)], seed, split, k, dial).target
-    return scene(seed, split, k, dial, varied=True, pairs='held_out' if u < .6 else 'seen')
+    if u < .35: return free_scene(g, dial)
+    if u < .55: return edit(EDIT_KINDS[g.integers(9)], seed, split, k, dial).target
+    return scene(seed, split, k, dial, varied=True, pairs='held_out' if u < .65 else 'seen')
 
 class JudgeScenes(Endless):
     "`image` as uint8 `[3, 64, 64]` and the targets of `truth`."
