@@ -95,7 +95,8 @@ def edit(argv=None):
     def command():
         out = checked_out(args.out)
         result = loaded(args).edit(args.image, args.instruction, **_sampling(args))
-        print(*result.notes, sep='\n'); save(result.images, out)
+        for note in result.notes: print(note)
+        save(result.images, out)
     guarded('spar_edit', command)
 
 # %% ../nbs/40_cli.ipynb #6b73822a
@@ -106,7 +107,8 @@ def reconstruct(argv=None):
     def command():
         out = checked_out(args.out)
         result = loaded(args).reconstruct(args.image)
-        print(*result.notes, sep='\n'); save(result.images, out)
+        for note in result.notes: print(note)
+        save(result.images, out)
     guarded('spar_reconstruct', command)
 
 def answer(argv=None):
