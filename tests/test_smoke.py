@@ -78,6 +78,10 @@ def test_pictures_and_report_are_there(smoke):
     assert pages and not re.search(r'(src|href)="https?://[^"]+\.(js|css|png)"', pages[0].read_text()), 'one self-contained file'
 
 
+def test_the_journey_runs(smoke):
+    done = run([sys.executable, '-m', 'papermill', '-k', 'python3', 'nbs/00_journey.ipynb', 'runs/00_journey.ipynb'], smoke)
+    assert done.returncode == 0, done.stderr[-3000:]
+
 def test_second_repro_runs_nothing(smoke):
     done = run(['dvc', 'repro'], smoke)
     assert done.returncode == 0 and 'Running stage' not in done.stdout, done.stdout
