@@ -9,6 +9,7 @@ __all__ = ['ConditionConfig', 'instruction', 'Sequence', 'sequence', 'Connector'
 import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from fastcore.basics import patch
 import torch
 from torch import nn, Tensor
 from .core import Config, normal, freeze
@@ -99,6 +100,7 @@ def query_init(
     table = lm.get_input_embeddings().weight
     return normal((table.shape[1],), seed, 'queries', range(Q)) * table.detach().float().std().cpu()
 
+# %% ../nbs/14_condition.ipynb #d852fa3f
 class Condition(nn.Module):
     "Queries, frozen language model, routing, connector."
     def __init__(self,
@@ -145,8 +147,10 @@ class Condition(nn.Module):
         if f_v is not None and self.cfg.reinject: tokens = self.mllm.splice(tokens, s.reference, f_v)
         return Conditioned(self.connector(tokens, s.mask), s.mask, routed.weights, s)
 
-    @torch.no_grad()
-    def maps(self, prompts, f_v=None) -> tuple:      # (Sequence, [B, T, K])
-        "Each token's share of each layer, for pictures."
-        s = sequence(self.mllm, prompts, self.cfg.queries, editing=f_v is not None)
-        return s, shares(self.routing, self.states(s, f_v))
+# %% ../nbs/14_condition.ipynb #f388c2a2
+@patch
+@torch.no_grad()
+def maps(self: Condition, prompts, f_v=None) -> tuple:      # (Sequence, [B, T, K])
+    "Each token's share of each layer, for pictures."
+    s = sequence(self.mllm, prompts, self.cfg.queries, editing=f_v is not None)
+    return s, shares(self.routing, self.states(s, f_v))

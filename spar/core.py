@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['guard_torchvision', 'unknown_key', 'one_of', 'Config', 'seed_for', 'rng', 'normal', 'uniform', 'pick_device',
-           'has_fast_bf16', 'pick_precision', 'autocast', 'atomic_path', 'write_json', 'read_json', 'file_hash',
-           'provenance', 'to_unit', 'to_uint8', 'n_params', 'freeze']
+           'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'atomic_path', 'write_json', 'save_figure',
+           'read_json', 'file_hash', 'provenance', 'to_unit', 'to_uint8', 'n_params', 'freeze']
 
 # %% ../nbs/01_core.ipynb #da28e035
 import os, json, math, shutil, time, hashlib, difflib, platform, subprocess, contextlib, dataclasses, typing, types, importlib.util
@@ -128,16 +128,21 @@ def autocast(device: torch.device, precision: str = 'auto'):
     "The context in which networks run; losses are computed outside it or on `.float()`."
     return torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(precision, device) == 'bf16')
 
-# %% ../nbs/01_core.ipynb #2bc3fa9d
+# %% ../nbs/01_core.ipynb #22644e68
+def is_first() -> bool:
+    "Is this process the one that writes? By the variables that `accelerate launch` sets."
+    return int(os.environ.get('RANK', 0)) == 0 or int(os.environ.get('WORLD_SIZE', 1)) == 1
+
 @contextlib.contextmanager
 def atomic_path(path):
-    "Yield a temporary sibling of `path` (write a file or make a folder there); rename it into place on success, remove it on failure."
+    "Yield a temporary sibling of `path` (write a file or make a folder there); rename it into place on success, remove it on failure and in all processes but the first."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.{os.environ.get("RANK", 0)}.tmp')
     remove = lambda p: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink(missing_ok=True)
     remove(tmp)
     try:
         yield tmp
+        if not is_first(): return
         if tmp.is_dir() and path.exists():       # a folder cannot replace a folder in one step: move the old one aside first
             old = path.with_name(f'.{path.name}.{os.getpid()}.old'); remove(old)
             path.rename(old); tmp.rename(path); remove(old)
@@ -147,6 +152,10 @@ def atomic_path(path):
 def write_json(path, obj):
     "Sorted keys, one value a line, no NaN: two equal results are equal bytes."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + '\n')
+
+def save_figure(fig, path, **options):
+    "A figure of matplotlib as PNG; `options` of `savefig`."
+    with atomic_path(path) as tmp: fig.savefig(tmp, format='png', **options)
 
 def read_json(path):
     "The JSON at `path`; a missing or damaged file is an error that names it."

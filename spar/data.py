@@ -43,6 +43,13 @@ class PhotoCrops(Endless):
 
 class SceneCaptions(Endless):
     "`image`, `text`: plain-style scenes with a caption; a quarter of the captions name no colour of a thing."
+    def __init__(self, *args,
+        twos: float = 0.,        # extra share of scenes of two things, the only ones whose captions can say who stands where
+        **kw,                    # of `Endless`
+    ): super().__init__(*args, **kw); self.twos = twos
+    def scene(self, k):
+        extra = self.twos and rng(self.seed, 'twos', k).random() < self.twos
+        return scene(self.seed, self.split, k, self.dial, **self.options | (dict(n=2) if extra else {}))
     def __getitem__(self, k):
         s = self.scene(k); say = colourless if rng(self.seed, 'plain words', k).random() < .25 else caption
         return dict(image=as_image(render(s)), text=say(s, self.seed, k, self.split), index=k)

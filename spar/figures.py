@@ -127,12 +127,12 @@ def number(
 
 def markdown_table(
     rows: dict,        # row name -> {column: value}
-    columns=None,      # which columns, in order; None: those of the rows
+    columns=None,      # which columns, in order; None: those of the rows, the overall score first
     corner: str='',    # heading of the first column
     digits: int=3,
 )->str:
     "A table in Markdown."
-    columns = columns or list(dict.fromkeys(k for r in rows.values() for k in r))
+    columns = columns or sorted(dict.fromkeys(k for r in rows.values() for k in r), key=lambda k: k not in ('overall', 'overall_ci'))
     lines = [[corner, *columns], ['---'] + ['---:'] * len(columns)] + [[name, *(number(r.get(c), digits) for c in columns)] for name, r in rows.items()]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 

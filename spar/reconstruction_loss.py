@@ -33,6 +33,7 @@ class ReconstructionLoss(Config):
     anchor: str = 'mse'       # distance of L_s: 'mse' | 'cosine'
     lambda_gan: float = 0.0   # L_GAN
     gan_start: float = 0.3    # share of the stage after which critic and L_GAN begin
+    pixels_start: float = 0.0 # share of the stage after which pixel terms begin; before it L_p and L_s teach alone
     lecam: float = 0.001      # LeCam regularisation of the critic
     critic_width: int = 32    # channels of the critic's first layer
     logits: float = 0.0       # logits of an ImageNet classifier; full scale only
@@ -40,6 +41,7 @@ class ReconstructionLoss(Config):
 
     def __post_init__(self):
         one_of(self.anchor, ('mse', 'cosine'), 'ReconstructionLoss.anchor')
+        if self.pixels_start and not self.lambda_p: raise ValueError(f'pixels_start={self.pixels_start} leaves the first steps without a teacher: set lambda_p above 0 or pixels_start to 0.')
         if self.lambda_s and not self.train_encoder: raise ValueError(f'lambda_s={self.lambda_s} with a frozen encoder has no gradient to reach: set lambda_s to 0 or train_encoder to True.')
 
 STAGES = {'init':    dict(lambda_p=1.0),
@@ -142,7 +144,10 @@ class PixelObjective(Objective):
         self.cfg, self.perceptual, self.logit_distance = cfg, freeze(perceptual) if cfg.lpips else None, logits if cfg.logits else None
         self.critic, self.fakes = PatchCritic(cfg.critic_width, seed) if cfg.lambda_gan else None, {}
 
-    def look(self, images) -> tuple:   # -> (target, reconstruction, whatever else the terms need)
+    def look(self,
+        images,
+        pixels: bool = True,   # False: no term asks for the reconstruction
+    ) -> tuple:                # (target, reconstruction or None, whatever else the terms need)
         raise NotImplementedError
 
     def frozen(self) -> list:
@@ -161,10 +166,10 @@ def weights(self: PixelObjective,
     player: str = 'model',   # 'model' | 'critic'
 ) -> dict:
     "Term -> weight now."
-    c = self.cfg
-    gan = c.lambda_gan if progress >= c.gan_start else 0.
+    c, on = self.cfg, progress >= self.cfg.pixels_start
+    gan = c.lambda_gan if on and progress >= c.gan_start else 0.
     if player == 'critic': return {'critic': 1., 'lecam': c.lecam} if gan else {}
-    return {'mse': c.mse, 'lpips': c.lpips, 'L_p': c.lambda_p, 'L_s': c.lambda_s, 'L_GAN': gan, 'logits': c.logits}
+    return {'mse': on * c.mse, 'lpips': on * c.lpips, 'L_p': c.lambda_p, 'L_s': c.lambda_s, 'L_GAN': gan, 'logits': on * c.logits}
 
 def in_fp32(net, *xs):
     "Call `net` outside the training loop's autocast."
@@ -182,9 +187,9 @@ def compute(self: PixelObjective, x, rec, more) -> dict:
 def terms(self: PixelObjective, batch, weights, player='model'):
     "Unweighted terms of one player."
     if player == 'critic': return self.critic_terms(batch, weights)
-    x, rec, more = self.look(batch['image'])
+    x, rec, more = self.look(batch['image'], pixels=bool(weights.keys() - {'L_p', 'L_s'}))
     if 'L_GAN' in weights: self.fakes[tuple(batch['index'].tolist())] = rec.detach()
-    table = self.compute(x, rec.float(), more)
+    table = self.compute(x, None if rec is None else rec.float(), more)
     return {k: table[k]() for k in weights}
 
 # %% ../nbs/12_reconstruction_loss.ipynb #4f35348f
@@ -224,9 +229,9 @@ class TokenizerObjective(PixelObjective):
     def frozen(self): return [*super().frozen(), self.dcae, self.f_anchor, *[p for p in self.parts() if not any(q.requires_grad for q in p.parameters())]]
     def target(self, images): return self.tokenizer.target(images)
 
-    def look(self, images):
+    def look(self, images, pixels=True):
         e = self.tokenizer.encode(images)
-        return self.target(images), self.tokenizer.decode(e.z_f), (e, images)
+        return self.target(images), self.tokenizer.decode(e.z_f) if pixels else None, (e, images)
 
 # %% ../nbs/12_reconstruction_loss.ipynb #c62d4a02
 @patch
@@ -261,7 +266,7 @@ class AutoencoderObjective(PixelObjective):
 
     def players(self): return {'model': list(self.dcae.parameters())} | ({'critic': list(self.critic.parameters())} if self.critic else {})
     def target(self, images): return images.float()
-    def look(self, images): return images.float(), self.dcae(images), None
+    def look(self, images, pixels=True): return images.float(), self.dcae(images), None
 
 # %% ../nbs/12_reconstruction_loss.ipynb #7ccc85cc
 @torch.no_grad()

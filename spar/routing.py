@@ -9,6 +9,7 @@ __all__ = ['VARIANTS', 'tap_layers', 'causal_bias', 'as_bias', 'tap', 'RoutingCo
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
+from fastcore.basics import patch
 import torch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint as recompute
@@ -98,6 +99,7 @@ class Routed(NamedTuple):
     tokens: Tensor     # [B, T, D]
     weights: Tensor    # [B, T, K] fp32, rows sum to 1 (for `concat` they are uniform and mean nothing)
 
+# %% ../nbs/13_routing.ipynb #0514b4ed
 class Routing(nn.Module):
     "K layer states -> one state a token. Paper, section 3.3 (dynamic token routing) and its rivals of the ablation table."
     def __init__(self,
@@ -113,16 +115,6 @@ class Routing(nn.Module):
         if v in ('dtr', 'learned'): self.alpha = nn.Parameter(torch.ones(K))
         self.norm, self.W_p = nn.LayerNorm(D), nn.Linear(D, D)
         if self.cfg.init == 'last': self.init_last()
-
-    @torch.no_grad()
-    def init_last(self):
-        "Start near `W_p(LN(H^(K)))` with `W_p = 1`."
-        nn.init.eye_(self.W_p.weight); nn.init.zeros_(self.W_p.bias)
-        if self.cfg.variant == 'dtr': self.gate.favour_last(self.cfg.favour)
-        if self.cfg.variant == 'learned': self.logits[-1] = self.cfg.favour
-        if self.cfg.variant == 'concat':
-            for A in self.mix: nn.init.zeros_(A.weight)
-            nn.init.eye_(self.mix[-1].weight)
 
     def weights(self,
         last: Tensor,          # [B, T, D] the state of layer L
@@ -148,6 +140,18 @@ class Routing(nn.Module):
         if self.cfg.variant == 'concat': return self.mix[k](H)
         scale = w[..., k:k + 1] * (self.alpha[k] if hasattr(self, 'alpha') else 1)
         return scale.to(H.dtype) * H
+
+# %% ../nbs/13_routing.ipynb #1b479aa7
+@patch
+@torch.no_grad()
+def init_last(self: Routing):
+    "Start near `W_p(LN(H^(K)))` with `W_p = 1`."
+    nn.init.eye_(self.W_p.weight); nn.init.zeros_(self.W_p.bias)
+    if self.cfg.variant == 'dtr': self.gate.favour_last(self.cfg.favour)
+    if self.cfg.variant == 'learned': self.logits[-1] = self.cfg.favour
+    if self.cfg.variant == 'concat':
+        for A in self.mix: nn.init.zeros_(A.weight)
+        nn.init.eye_(self.mix[-1].weight)
 
 # %% ../nbs/13_routing.ipynb #f5df2444
 @torch.no_grad()

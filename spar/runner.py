@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['fitted', 'merged', 'yaml_file', 'profiles', 'stage_names', 'notebook_of', 'rerouted', 'ablation_of', 'resolved',
-           'is_first', 'kernel_environment', 'execute', 'brief', 'record', 'make_folders', 'run_stage', 'stage_of',
+           'kernel_environment', 'copy_of', 'execute', 'brief', 'record', 'make_folders', 'run_stage', 'stage_of',
            'code_deps', 'with_code_deps', 'write_dvc', 'parser', 'main']
 
 # %% ../nbs/23_runner.ipynb #370ca8ce
 import argparse, os, resource, shutil, sys, time
 from pathlib import Path
-from .core import atomic_path, one_of, provenance, read_json, unknown_key, write_json
+from .core import atomic_path, is_first, one_of, provenance, read_json, unknown_key, write_json
 from .stages import import_closure, parameters, profile_name
 
 # %% ../nbs/23_runner.ipynb #b150c782
@@ -94,9 +94,7 @@ def resolved(
     one_of(name, chain, f'ablation {ablation}, stages')
     return rerouted(merged(params, changes.get(name) or {}, f'{ablation}.{name}'), ablation, chain)
 
-# %% ../nbs/23_runner.ipynb #6718cab3
-def is_first() -> bool: return int(os.environ.get('RANK', 0)) == 0
-
+# %% ../nbs/23_runner.ipynb #8b9837d0
 def kernel_environment(run: Path):
     "Variables that the kernel inherits from this process."
     os.environ['SPAR_RUN'] = run.as_posix()
@@ -105,6 +103,10 @@ def kernel_environment(run: Path):
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1'); os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning')
 
+def copy_of(run: Path) -> Path:
+    "Where the executed notebook goes; that of another process than the first lies in the run's folder."
+    return run.with_suffix('.ipynb') if is_first() else run/f'rank{os.environ["RANK"]}.ipynb'
+
 def execute(notebook: Path, params: dict, run: Path):
     "Run a notebook with these parameters; the executed copy stands beside the run's folder."
     import logging, warnings
@@ -112,10 +114,10 @@ def execute(notebook: Path, params: dict, run: Path):
     warnings.filterwarnings('ignore', module='papermill|nbformat|zmq|jupyter_client')
     logging.getLogger('traitlets').setLevel(logging.ERROR)
     kernel_environment(run); run.mkdir(parents=True, exist_ok=True)
-    copy = run.with_suffix('.ipynb') if is_first() else run/f'rank{os.environ["RANK"]}.ipynb'
-    papermill.execute_notebook(notebook, copy, params, cwd='.', kernel_name='python3', progress_bar=is_first() and sys.stderr.isatty(),
-                               stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--IPKernelApp.log_level=50'])
-    return copy
+    log = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if is_first() else {}      # one log
+    papermill.execute_notebook(notebook, copy_of(run), params, cwd='.', kernel_name='python3', progress_bar=is_first() and sys.stderr.isatty(),
+                               extra_arguments=['--IPKernelApp.log_level=50'], **log)
+    return copy_of(run)
 
 # %% ../nbs/23_runner.ipynb #74e98bd5
 def brief(
@@ -148,13 +150,15 @@ def make_folders(value):
     if isinstance(value, str) and value.startswith(('artifacts/', 'metrics/', 'plots/')) and ' ' not in value:
         path = Path(value); (path if value.startswith('plots/') and not path.suffix else path.parent).mkdir(parents=True, exist_ok=True)
 
-def run_stage(name: str, profile: str, kind='stages', ablation=None) -> Path:
+def run_stage(name: str, profile: str, kind='stages', ablation=None) -> Path | None:
     "Resolve, run, record; returns the executed copy. The checkpoint of a finished stage is deleted, a base keeps its own."
     from papermill.exceptions import PapermillExecutionError
     params, beside = resolved(name, profile, kind, ablation), f'evidence/{ablation}' if ablation else ''
-    run, began = Path('runs', profile, beside, name), time.monotonic(); make_folders(params)
+    run, began = Path('runs', profile, beside, name), time.monotonic()
+    if not is_first() and 'train' not in params: return None      # a stage without training has work for one process
+    make_folders(params)
     try: copy = execute(notebook_of(name, kind), params, run)
-    except PapermillExecutionError as e: raise SystemExit(brief(e, name, run.with_suffix('.ipynb'))) from None
+    except PapermillExecutionError as e: raise SystemExit(brief(e, name, copy_of(run))) from None
     if is_first():
         if kind == 'stages': [shutil.rmtree(p) for p in run.rglob('checkpoint')]
         record(name, dict(params, profile=profile), time.monotonic() - began, Path('metrics', beside, 'run.json'))
@@ -205,6 +209,8 @@ def parser() -> argparse.ArgumentParser:
   spar_stage tokenizer_1_init --show              print the parameters it would get
   spar_stage unified_2_joint --ablation no_dtr    one row of an ablation table (configs/ablations.yaml)
   spar_stage dcae --bases                         train a backbone (nbs/bases, configs/bases.yaml)
+  accelerate launch --config_file configs/accelerate/ddp.yaml -m spar.runner unified_2_joint
+                                                  on many GPUs: every process runs the notebook, the first one writes
   spar_stage --write-dvc                          recompute the deps in dvc.yaml after changing imports
 
 Only keys in the notebook's parameters cell can be set. The executed copy is runs/PROFILE/NAME.ipynb.
@@ -230,3 +236,5 @@ def main(argv=None):
             print(json.dumps(resolved(args.name, profile, kind, args.ablation), indent=1)); return
         run_stage(args.name, profile, kind, args.ablation)
     except (ValueError, OSError) as e: raise SystemExit(f'spar_stage: {e}') from None
+
+if __name__ == '__main__' and '__file__' in globals(): main()      # accelerate launch -m spar.runner NAME

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Residual', 'SemanticStream', 'attention', 'TransformerLayer', 'PixelStream', 'Fusion', 'StreamsConfig', 'init_',
-           'Latents', 'DualStream', 'to_grid', 'to_tokens']
+           'linear_', 'start_linear_', 'Latents', 'DualStream', 'to_grid', 'to_tokens']
 
 # %% ../nbs/10_streams.ipynb #81ea7b2d
 from dataclasses import dataclass
@@ -110,8 +110,10 @@ class StreamsConfig(Config):
     semantic: str = 'full'  # 'full' | 'none' (ablation)
     pixel: bool = True      # False: ablation without pixel stream
     init_std: float = 0.02  # truncated normal of new weights; 0: one over the square root of the fan-in
+    start: str = 'plain'    # 'plain' | 'linear': heads and fusion begin as linear maps, residual branches at zero
 
     def __post_init__(self):
+        one_of(self.start, ('plain', 'linear'), 'StreamsConfig.start')
         one_of(self.semantic, ('full', 'none'), 'StreamsConfig.semantic')
         if self.semantic == 'none' and not self.pixel: raise ValueError("semantic='none' and pixel=False leave no stream: keep one of them.")
 
@@ -126,6 +128,30 @@ def init_(
         s = std or m.in_features**-0.5
         nn.init.trunc_normal_(m.weight, std=s, a=-2*s, b=2*s); nn.init.zeros_(m.bias)
     return module
+
+# %% ../nbs/10_streams.ipynb #72ceb2ff
+@torch.no_grad()
+def linear_(
+    head,           # has fc1, a GELU, fc2
+    c: float = 3.,  # the shift, in deviations of what enters the GELU
+):
+    "Move the GELU between `fc1` and `fc2` into its linear part, in place."
+    head.fc1.bias.fill_(c); head.fc2.bias.copy_(-c * head.fc2.weight.sum(1))
+    return head
+
+# %% ../nbs/10_streams.ipynb #5b5d96a2
+@torch.no_grad()
+def start_linear_(
+    dual: nn.Module,  # a DualStream
+):
+    "Heads linear, residual branches silent, fusion a copy of the last stream, in place."
+    for m in dual.modules():
+        if isinstance(m, (Residual, TransformerLayer)): nn.init.zeros_(m.fc2.weight)
+        if isinstance(m, TransformerLayer): nn.init.zeros_(m.out.weight)
+        if isinstance(m, SemanticStream): linear_(m)
+    f = dual.fusion; p, W = f.fc2.weight.shape
+    f.fc1.weight.copy_(torch.eye(W)); f.fc2.weight.mul_(.1)[:, W - p:].add_(torch.eye(p))
+    return linear_(f)
 
 # %% ../nbs/10_streams.ipynb #48983da9
 @dataclass
@@ -146,6 +172,7 @@ class DualStream(nn.Module):
         self.pixel = PixelStream(cfg.D_s, cfg.D_p, cfg.layers, cfg.heads, cfg.blocks) if cfg.pixel else None
         self.fusion = init_(Fusion(cfg.D_p, len([s for s in (self.semantic, self.pixel) if s])), cfg.init_std)
         for s in (self.semantic, self.pixel): s and init_(s, cfg.init_std)
+        if cfg.start == 'linear': start_linear_(self)
 
     def forward(self,
         f_v,  # [B, N, D_s] the encoder's features

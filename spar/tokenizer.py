@@ -60,7 +60,7 @@ class Tokenizer(nn.Module):
         cfg: TokenizerConfig,
     ):
         super().__init__()
-        self.encoder, self.streams, self.decoder, self.cfg = encoder, streams, decoder, cfg
+        self.encoder, self.streams, self.decoder, self.cfg = encoder, streams, decoder.to(memory_format=torch.channels_last), cfg
         self.factor = 2**(len(cfg.decoder['decoder_block_out_channels']) - 1)  # pixels a token, along one side
 
     def encode(self, images) -> Encoded:  # [B, 3, H, W] in [-1, 1]

@@ -5,7 +5,7 @@ import pytest, yaml
 from conftest import ROOT
 from spar import runner, stages
 
-PROFILES = ('mini', 'smoke')
+PROFILES = ('mini', 'smoke', 'spar-1b', 'spar-3b')
 STAGES = sorted(p.stem for p in (ROOT/'nbs/stages').glob('*.ipynb'))
 BASES = sorted(p.stem for p in (ROOT/'nbs/bases').glob('*.ipynb'))
 THIN = [(n, 'stages') for n in STAGES] + [(n, 'bases') for n in BASES]
