@@ -47,6 +47,7 @@ class Unified(nn.Module):
         self.cfg = cfg = cfg or UnifiedConfig()
         if cfg.latent == 'dcae' and dcae is None: raise ValueError("latent 'dcae' needs the pixel autoencoder: pass dcae=load_dcae(path).")
         self.mllm, self.image_tokenizer, self.dcae = freeze(mllm), freeze(image_tokenizer), dcae and freeze(dcae)
+        mllm.encoder.side = image_tokenizer.encoder.side       # a reference has as many places in the prompt as features
         self.transformer = transformer.float()
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         with torch.random.fork_rng(devices=[]):
