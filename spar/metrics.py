@@ -37,7 +37,8 @@ def ssim(
     data_range: float=1., # the true range; 2 is the habit of some papers
 )->Tensor: # `[B]`
     "Structural similarity of each pair."
-    value = structural_similarity_index_measure(a.float(), b.float(), gaussian_kernel=True, sigma=1.5, kernel_size=11, reduction='none', data_range=data_range)
+    value = structural_similarity_index_measure(a.double(), b.double(),      # variances are small differences: fp32 loses them on some machines
+                                                 gaussian_kernel=True, sigma=1.5, kernel_size=11, reduction='none', data_range=data_range)
     return value.reshape(len(a))
 
 # %% ../nbs/31_metrics.ipynb #1e619f6a
