@@ -134,7 +134,7 @@ class Condition(nn.Module):
         if f_v is not None: embeds = self.mllm.splice(embeds, s.reference, f_v)
         queries = self.queries.to(embeds.dtype).expand(B, -1, -1)
         embeds = torch.cat([embeds[:, :-self.cfg.queries], queries], 1)
-        return tap(self.mllm.lm, embeds, s.mask, self.taps, self.cfg.routing.raw, self.cfg.checkpoint)
+        return tap(self.mllm.lm, embeds, s.mask, self.taps, self.cfg.routing.raw, self.cfg.checkpoint, fixed=embeds.shape[1] - self.cfg.queries)
 
     def forward(self,
         prompts: list[str],        # B; '' is the empty prompt
