@@ -72,13 +72,13 @@ def reconstruction_mini(
     least: int=1000,       # fewest pictures for an FID
 )->dict: # name -> {'psnr', 'psnr_ci', 'ssim', 'ssim_range2', 'lpips_squeeze_mini', 'rfid_efflite0', 'n'}
     "The table of reconstruction metrics, one row a system."
-    reference = None if net is None else features(net, images, batch_size)
+    reference = None if net is None else features(net, images)
     table = {}
     for name, reconstruct in systems.items():
         again = in_batches(lambda a, b: reconstruct(images[a:b]).float().cpu(), len(images), batch_size)
         columns = [compare(x, y, lpips) for x, y in zip(images.split(batch_size), again.split(batch_size))]
         table[name] = summary({k: torch.cat([c[k] for c in columns]) for k in columns[0]}, seed)
-        if net is not None: table[name]['rfid_efflite0'] = fid(reference, features(net, again, batch_size), least)
+        if net is not None: table[name]['rfid_efflite0'] = fid(reference, features(net, again), least)
     return table
 
 # %% ../nbs/33_benchmarks.ipynb #51aadfad

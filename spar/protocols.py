@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .metrics import bootstrap_tasks, clean, psnr, ssim
+from .metrics import bootstrap_tasks, clean, psnr, ssims
 
 # %% ../nbs/52_protocols.ipynb #c7974069
 def protocol(
@@ -754,7 +754,8 @@ def judge_batch(
     if x.shape[-1] != compare: x = resized(x, compare)
     if y.shape[-1] != compare: y = resized(y, compare)
     a, b = x.float() / 255, y.float() / 255
-    out = dict(psnr=psnr(a, b), ssim=ssim(a, b), ssim_range2=ssim(a, b, 2.))
+    one, two = ssims(a, b)
+    out = dict(psnr=psnr(a, b), ssim=one, ssim_range2=two)
     if lpips is not None: out['lpips_vgg'] = lpips(a * 2 - 1, b * 2 - 1)
     if features is not None: out |= dict(real=features(x), fake=features(y))
     return {k: v.detach().float().cpu().contiguous() for k, v in out.items()}
