@@ -540,9 +540,11 @@ def vgg_distance() -> nn.Module:
     return Distance().to('meta')      # not all of its buffers obey torch.device
 
 # %% ../nbs/50_models.ipynb #4ba7b6e5
-def tokenizer_cost(stage: str, profile: str) -> Cost:
-    "Sizes of one tokenizer stage, from its own objective on one picture."
-    p = resolved(stage, profile); side = p['side'] or 448
+def tokenizer_cost(stage: str, profile: str, finer: bool = False) -> Cost:
+    "Sizes of one tokenizer stage (or of its second, finer pass), from its own objective on one picture."
+    p = resolved(stage, profile)
+    if finer: p |= dict(side=p['finer']['side'], **{k: p[k] | p['finer'][k] for k in ('loss', 'train')})
+    side = p['side'] or 448
     tokenizer, dcae, mllm = meta_tokenizer(profile, side)
     with torch.device('meta'): o = TokenizerObjective(tokenizer, ReconstructionLoss.from_dict(p['loss']), vgg_distance(), dcae, mllm.encoder)
     batch = dict(image=torch.empty(1, 3, side, side, device='meta'))
@@ -552,7 +554,7 @@ def tokenizer_cost(stage: str, profile: str) -> Cost:
         return sum(table[k]() for k, w in o.weights(1.).items() if w)
     kept = kept_for_backward(loss, [o])
     trained = sum(q.numel() for q in o.parameters() if q.requires_grad)
-    return Cost(stage, trained, n(o) - trained, kept, p['train']['steps'] * p['train']['batch_size'], tokenizer.encoder.grid() ** 2)
+    return Cost(f'  finer: {side} px' if finer else stage, trained, n(o) - trained, kept, p['train']['steps'] * p['train']['batch_size'], tokenizer.encoder.grid() ** 2)
 
 # %% ../nbs/50_models.ipynb #aa7cf9ed
 PROMPT = 80           # text tokens of a caption with its template: an assumption, long captions are longer
@@ -586,8 +588,9 @@ def unified_cost(stage: str, profile: str, side: int = 448) -> Cost:
 
 # %% ../nbs/50_models.ipynb #f73d6035
 def costs(profile: str) -> list[Cost]:
-    "The six stages."
-    return [tokenizer_cost(s, profile) for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder')] + \
+    "The six stages, the third with its second pass."
+    second = [tokenizer_cost('tokenizer_3_encoder', profile, True)] if resolved('tokenizer_3_encoder', profile)['finer']['side'] else []
+    return [tokenizer_cost(s, profile) for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder')] + second + \
            [unified_cost(s, profile) for s in ('unified_1_connector', 'unified_2_joint', 'unified_3_sft')]
 
 def costs_as_text(rows: list[Cost]) -> str:

@@ -10,7 +10,7 @@ __all__ = ['fitted', 'merged', 'yaml_file', 'profiles', 'stage_names', 'notebook
 # %% ../nbs/23_runner.ipynb #370ca8ce
 import argparse, os, resource, shutil, sys, time
 from pathlib import Path
-from .core import atomic_path, is_first, one_of, provenance, read_json, unknown_key, write_json
+from .core import atomic_path, is_first, one_of, pick_device, provenance, read_json, unknown_key, write_json
 from .stages import import_closure, parameters, profile_name
 
 # %% ../nbs/23_runner.ipynb #b150c782
@@ -103,6 +103,8 @@ def kernel_environment(run: Path):
     os.environ.setdefault('PYTHONHASHSEED', '0'); os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1'); os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and pick_device().type == 'cpu':      # else every process would train alone, on all the data
+        os.environ.setdefault('ACCELERATE_USE_CPU', 'true')
 
 def copy_of(run: Path) -> Path:
     "Where the executed notebook goes; that of another process than the first lies in the run's folder."
@@ -210,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
   spar_stage tokenizer_1_init --show              print the parameters it would get
   spar_stage unified_2_joint --ablation no_dtr    one row of an ablation table (configs/ablations.yaml)
   spar_stage dcae --bases                         train a backbone (nbs/bases, configs/bases.yaml)
-  accelerate launch --config_file configs/accelerate/ddp.yaml -m spar.runner unified_2_joint
+  accelerate-launch --config_file configs/accelerate/ddp.yaml -m spar.runner unified_2_joint
                                                   on many GPUs: every process runs the notebook, the first one writes
   spar_stage --write-dvc                          recompute the deps in dvc.yaml after changing imports
 
@@ -238,4 +240,4 @@ def main(argv=None):
         run_stage(args.name, profile, kind, args.ablation)
     except (ValueError, OSError) as e: raise SystemExit(f'spar_stage: {e}') from None
 
-if __name__ == '__main__' and '__file__' in globals(): main()      # accelerate launch -m spar.runner NAME
+if __name__ == '__main__' and '__file__' in globals(): main()      # accelerate-launch -m spar.runner NAME

@@ -50,6 +50,9 @@ def test_profile_says_what_the_method_says(profile):
     assert got['tokenizer_1_init']['loss']['lambda_p'] == 1 and got['tokenizer_2_decoder']['loss']['lambda_p'] == 0
     loss = got['tokenizer_3_encoder']['loss']
     assert (loss['lambda_s'], loss['lambda_gan'], loss['gan_start'], loss['encoder_lr'], loss['lecam']) == (1, .1, .3, .1, .001)
+    finer = got['tokenizer_3_encoder']['finer']      # the paper's fourth pass
+    again = got['tokenizer_3_encoder']['train'] | finer['train']
+    assert (finer['side'], finer['loss'], again['steps'], again['batch_size'], again['lr'], float(again['lr_end'])) == (448, dict(gan_start=0.), 100_000, 256, 3e-4, 1e-5)
     for s, batch, samples in (('unified_1_connector', 1024, 180e6), ('unified_2_joint', 1024, 255e6), ('unified_3_sft', 512, 1.215e6)):
         t = got[s]['train']
         assert (t['batch_size'], t['lr'], t['lr_end'], t['weight_decay']) == (batch, 1e-4, 1e-5, 0)
@@ -63,7 +66,7 @@ def test_profile_says_what_the_method_says(profile):
 def test_batches_divide_over_eight_processes(profile):
     for s in STAGES:
         t = runner.resolved(s, profile).get('train')
-        if t: assert t['batch_size'] % (8 * t['accumulate']) == 0, s
+        for t in filter(None, (t, (t or {}) | runner.resolved(s, profile).get('finer', {}).get('train', {}))): assert t['batch_size'] % (8 * t['accumulate']) == 0, s
 
 
 # sizes

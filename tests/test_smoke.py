@@ -1,8 +1,8 @@
 """The whole pipeline on random backbones in a copy of the working tree, and what a user does with its result."""
-import json, os, re, resource, shutil, signal, subprocess, sys, time
+import csv, json, os, re, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
-import psutil, pytest
+import psutil, pytest, yaml
 from PIL import Image
 from conftest import ROOT, clone, run
 from spar import cli
@@ -116,6 +116,19 @@ def test_a_killed_stage_continues_to_the_same_bytes(smoke):
     p = stage(smoke, name); out = p.communicate(timeout=600)[0]
     assert p.returncode == 0 and 'Resumed at step' in out, out[-2000:]
     assert result(smoke, name) == whole and not state.exists()
+
+def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_model_starts_from_it(smoke):
+    smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text())
+    there = lambda name: dict(out=f'artifacts/finer/{name}', metrics=f'metrics/finer/{name}.json', plots=f'plots/finer/{name}')
+    smoked['tokenizer_3_encoder'] |= dict(there('tokenizer_3_encoder'), finer=dict(side=128, loss=dict(gan_start=0.), train=dict(steps=3, lr='3e-4', lr_end=1e-5)))
+    smoked['unified_1_connector'] |= dict(there('unified_1_connector'), tokenizer='artifacts/finer/tokenizer_3_encoder')
+    (smoke/'configs/finer.yaml').write_text(yaml.safe_dump(smoked))
+    for stage in ('tokenizer_3_encoder', 'unified_1_connector'): assert (done := run(['spar_stage', stage, '--profile', 'finer'], smoke)).returncode == 0, done.stderr[-3000:]
+    side = lambda folder: json.loads((smoke/folder/'config.json').read_text())['side']
+    assert side('artifacts/tokenizer_3_encoder') == 64 and side('artifacts/finer/tokenizer_3_encoder') == 128
+    rows = list(csv.DictReader(open(smoke/'plots/finer/tokenizer_3_encoder/finer.csv')))
+    assert rows[-1]['step'] == '3' and all(r['L_GAN'] for r in rows)          # the adversary is there from the start
+    assert (smoke/'artifacts/finer/unified_1_connector').is_dir() and not list((smoke/'runs/finer').rglob('checkpoint'))
 
 def test_the_same_stage_twice_gives_the_same_bytes(smoke):
     name = 'unified_2_joint'; once = result(smoke, name)
