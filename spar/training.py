@@ -115,9 +115,9 @@ def orth(
         X = 3.4445 * X + torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315) @ X
     return X.mT if tall else X
 
-def is_matrix(p: torch.Tensor, least: int = 32) -> bool:
-    "Does Muon move it? A convolution counts as the matrix of its output channels."
-    return p.ndim > 1 and min(p.shape[0], p[0].numel()) >= least
+def is_matrix(p: torch.Tensor, least: int = 32, most: int = 512) -> bool:
+    "Does Muon move it? A convolution counts as the matrix of its output channels; turning costs the cube of the shorter side."
+    return p.ndim > 1 and least <= min(p.shape[0], p[0].numel()) <= most
 
 # %% ../nbs/06_training.ipynb #b9350322
 class Muon(torch.optim.AdamW):
