@@ -91,7 +91,7 @@ class RoutingConfig(Config):
     tau: float = 1.0            # temperature of the softmax
     raw: bool = False           # read raw residual streams instead of normed states
     init: str = 'last'          # 'last': start near the last-layer baseline; 'plain': library init
-    favour: float = 3.0         # with init 'last': the logit by which layer L leads at the start
+    favour: float = 3.0         # with init 'last': the logit by which layer L leads at the start; 0: all layers alike
 
     def __post_init__(self):
         one_of(self.variant, VARIANTS, 'routing variant'); one_of(self.init, ('last', 'plain'), 'routing init')
