@@ -51,7 +51,7 @@ def compare(
     if images.shape != others.shape: raise ValueError(f"pictures of shape {tuple(images.shape)} cannot be compared with {tuple(others.shape)}: resize first, and say so in the protocol")
     a, b = to_8bit(images), to_8bit(others)
     out = dict(psnr=psnr(a, b), ssim=ssim(a, b), ssim_range2=ssim(a, b, 2.))
-    if lpips is not None: out['lpips_squeeze_mini'] = lpips(a * 2 - 1, b * 2 - 1).reshape(len(a))
+    if lpips is not None: out[getattr(lpips, 'name', 'lpips')] = lpips(a * 2 - 1, b * 2 - 1).reshape(len(a))
     return {k: v.double().cpu() for k, v in out.items()}
 
 # %% ../nbs/31_metrics.ipynb #fab1922a
