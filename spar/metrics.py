@@ -76,7 +76,7 @@ def compare(
     a, b = to_8bit(images), to_8bit(others)
     one, two = ssims(a, b)
     out = dict(psnr=psnr(a, b), ssim=one, ssim_range2=two)
-    if lpips is not None: out['lpips_squeeze_mini'] = lpips(a * 2 - 1, b * 2 - 1).reshape(len(a))
+    if lpips is not None: out[getattr(lpips, 'name', 'lpips')] = lpips(a * 2 - 1, b * 2 - 1).reshape(len(a))
     return {k: v.double().cpu() for k, v in out.items()}
 
 # %% ../nbs/31_metrics.ipynb #fab1922a

@@ -28,7 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from .alignment import Head
-from .backbones import DCAE, MLLM, save_lpips
+from .backbones import DCAE, LPIPS_FILES, MLLM
 from .cli import quiet
 from .condition import Connector
 from .judges import Judge, JudgeConfig
@@ -468,14 +468,15 @@ def random_folders(
     seed: int = 0,
     shard: str = SHARD,
 ) -> dict:                      # part -> folder
-    "Everything that `prepare` asks for, random. The judge and the perceptual network are the miniature's, random as well."
-    from torchvision.models import squeezenet1_1
+    "Everything that `prepare` asks for, random: also the VGG-16 of LPIPS, and the miniature's judge."
+    from torchvision.models.vgg import cfgs, make_layers
     out, archs = Path(out), {part: shallow(part, arch, depth) for part, arch in recipe(profile).items()}
     write_mllm(out/'mllm', archs['mllm'], seed, shard); write_dcae(out/'dcae', archs['dcae'], seed, shard)
     write_sana(out/'sana', archs['sana'], seed, depth is None, shard)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, 'random small parts'))
-        save_lpips(squeezenet1_1().features.state_dict(), out/'lpips'); Judge(JudgeConfig.of_world(width=8)).save_pretrained(out/'judge')
+        (out/'lpips').mkdir(parents=True, exist_ok=True); torch.save({f'features.{k}': v for k, v in make_layers(cfgs['D']).state_dict().items()}, out/LPIPS_FILES['vgg'])
+        Judge(JudgeConfig.of_world(width=8)).save_pretrained(out/'judge')
     return {part: out/part for part in (*archs, 'lpips', 'judge')}
 
 # %% ../nbs/50_models.ipynb #eb09a8e3

@@ -11,11 +11,10 @@ __all__ = ['SHA256', 'RETRIED', 'WISE_FILES', 'WISE_RANGES', 'WISE_SHARES', 'WIS
            'wise_rubric', 'parse_wise', 'wiscore', 'wise_result', 'run_wise', 'drawing_only', 'picture', 'scored',
            'load_imgedit', 'parse_imgedit', 'imgedit_result', 'run_imgedit', 'Found', 'beside', 'geneval_verdict',
            'instances', 'box_of', 'GenEvalJudge', 'colour_text', 'colours', 'verdict', 'load_geneval', 'geneval_result',
-           'run_geneval', 'published_layout', 'picture_files', 'read_square', 'trusted_tensors', 'LpipsVGG',
-           'inception', 'frechet', 'judge_batch', 'resized', 'reconstruct_shard', 'run_reconstruction',
-           'reconstruction_protocol', 'reconstruction_result', 'load_mmvp', 'parse_letter', 'mmvp_result',
-           'SparAnswers', 'run_mmvp', 'lmms_commands', 'evaluate_parser', 'need', 'the_judge', 'the_device',
-           'run_drawn', 'run_benchmark', 'evaluate']
+           'run_geneval', 'published_layout', 'picture_files', 'read_square', 'inception', 'frechet', 'judge_batch',
+           'resized', 'reconstruct_shard', 'run_reconstruction', 'reconstruction_protocol', 'reconstruction_result',
+           'load_mmvp', 'parse_letter', 'mmvp_result', 'SparAnswers', 'run_mmvp', 'lmms_commands', 'evaluate_parser',
+           'need', 'the_judge', 'the_device', 'run_drawn', 'run_benchmark', 'evaluate']
 
 # %% ../nbs/52_protocols.ipynb #dab2f4ec
 from .core import file_hash, one_of, pick_device, read_json, seed_for, to_uint8, to_unit
@@ -30,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from .backbones import PerceptualVGG, trusted_tensors
 from .metrics import bootstrap_tasks, clean, psnr, ssims
 
 # %% ../nbs/52_protocols.ipynb #c7974069
@@ -703,30 +703,7 @@ def read_square(path, side: int) -> np.ndarray:    # uint8 [side, side, 3]
     x, y = (round((n - side) / 2) for n in im.size)
     return np.asarray(im.crop((x, y, x + side, y + side)))
 
-def trusted_tensors(path) -> dict:
-    "Weights from .safetensors or from a .pth that holds tensors and nothing else."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is missing.')
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return load_file(path)
-    return torch.load(path, map_location='cpu', weights_only=True)
-
 # %% ../nbs/52_protocols.ipynb #3aac1458
-class LpipsVGG(torch.nn.Module):
-    "LPIPS with VGG-16, its trunk from a file; the linear layers come with the `lpips` package."
-    def __init__(self, path):    # torchvision's vgg16 state: `features.N.weight`, .pth or .safetensors
-        import lpips
-        super().__init__()
-        self.net, given = lpips.LPIPS(net='vgg', pnet_rand=True, verbose=False), trusted_tensors(path)
-        own = self.net.net.state_dict()
-        for k in own:
-            number = 'features.' + k.split('.', 1)[1]                  # 'slice2.5.weight' -> 'features.5.weight'
-            if number not in given: raise ValueError(f'{path} is not a VGG-16 of torchvision: {number!r} is missing.')
-            own[k] = given[number]
-        self.net.net.load_state_dict(own); self.requires_grad_(False).eval()
-    def forward(self, a, b): return self.net(a, b).flatten()           # [B, 3, H, W] in [-1, 1] twice -> [B]
-
 def inception(path) -> torch.nn.Module:
     "torchmetrics' Inception (the TensorFlow weights of FID) from a file: uint8 [B, 3, H, W] -> [B, 2048]."
     from torchmetrics.image.fid import NoTrainInceptionV3
@@ -746,7 +723,7 @@ def judge_batch(
     x: torch.Tensor,       # originals uint8 [B, 3, S, S]
     y: torch.Tensor,       # reconstructions in [-1, 1] [B, 3, S', S']
     compare: int,          # side at which they are compared
-    lpips=None,            # `LpipsVGG` or None
+    lpips=None,            # `PerceptualVGG` or None
     features=None,         # `inception` or None
 ) -> dict:                 # column -> [B] or [B, d], CPU
     "Everything that is measured of a batch."
@@ -796,7 +773,7 @@ def run_reconstruction(
     from safetensors.torch import load_file, save_file
     device, files, compare = torch.device(device or pick_device()), picture_files(folder, limit), compare or side
     net = lambda make, path: None if path is None else make(path).to(device)
-    lpips, features = net(LpipsVGG, vgg_weights), net(inception, inception_weights)
+    lpips, features = net(PerceptualVGG, vgg_weights), net(inception, inception_weights)
     facts = reconstruction_protocol(folder, files, side, compare, inception_weights, vgg_weights)
     out = open_run(out, system, facts); (out/'shards').mkdir(exist_ok=True)
     parts = [files[i:i + shard] for i in range(0, len(files), shard)]

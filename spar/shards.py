@@ -516,7 +516,7 @@ class Corpus:
     ):
         self.cfg, self.unit, self.seed = CorpusConfig.from_dict(cfg), unit, seed
         self.configs = {n: SourceConfig.from_dict(c) for n, c in self.cfg.sources.items()}
-        if not self.configs: raise ValueError('A corpus without sources: name at least one in data.sources.')
+        if not self.configs: raise ValueError('A corpus without sources: name at least one in source.sources.')
         if any(c.weight for c in self.configs.values()): self.configs = {n: c for n, c in self.configs.items() if c.weight or c.repeat != 1}
         self.sources = {n: open_source(c) for n, c in self.configs.items()}
         self.weights = shares(self.configs, {n: len(s) for n, s in self.sources.items()})
@@ -836,11 +836,11 @@ def given(path, args) -> tuple[SourceConfig, Source]:
     return SourceConfig(path=str(path), task=args.task or guess_task(source), kind=args.kind, split=args.split, fields=pairs(args.field)), source
 
 def profile_sources(file: str, section: str) -> tuple[dict, list]:
-    "Name -> SourceConfig, and the exclude files, from `data` of a profile's section (or of the file itself)."
+    "Name -> SourceConfig, and the exclude files, from `source` of a profile's section (or from the file itself)."
     import yaml
     d = yaml.safe_load(Path(file).read_text()) or {}
     if section: d = d[one_of(section, d, file)]
-    cfg = CorpusConfig.from_dict(d.get('data', d))
+    cfg = CorpusConfig.from_dict(d.get('source', d))
     return {n: SourceConfig.from_dict(c) for n, c in cfg.sources.items()}, cfg.exclude
 
 def check(args) -> int:
@@ -850,7 +850,7 @@ def check(args) -> int:
     if args.config:
         more, excluded = profile_sources(args.config, args.section); files = files + excluded
         opened |= {n: (c, open_source(c)) for n, c in more.items()}
-    if not opened: raise ValueError('Nothing to check: name folders, or --config FILE [--section NAME] with data.sources.')
+    if not opened: raise ValueError('Nothing to check: name folders, or --config FILE [--section NAME] with source.sources.')
     exclude = Exclude(files, args.match)
     report = {n: examine(c, args.n, exclude, s) for n, (c, s) in opened.items()}
     for _, s in opened.values():

@@ -199,7 +199,7 @@ def test_reconstruction_with_inception_and_vgg_from_files(tmp_path):
     assert result['ssim_range2'] > result['ssim'] and result['protocol']['rfid']['torchmetrics']
     (tmp_path/'photos/n01/9.png').write_bytes((tmp_path/'photos/n01/0.JPEG').read_bytes())
     with pytest.raises(ValueError, match='holds another run'): go('a')
-    with pytest.raises(ValueError, match='not a VGG-16'): P.LpipsVGG(tmp_path/'inception.pth')
+    with pytest.raises(ValueError, match='not a VGG-16'): P.PerceptualVGG(tmp_path/'inception.pth')
 
 def test_too_few_pictures_give_no_rfid(tmp_path):
     random_inception(tmp_path/'inception.pth'); (tmp_path/'p').mkdir(); Image.new('RGB', (40, 40)).save(tmp_path/'p/a.png')

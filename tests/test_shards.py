@@ -379,7 +379,7 @@ def test_check_prints_a_table_and_json(bad_folder, tmp_path, capsys):
 
 def test_check_reads_a_profile(tmp_path, capsys):
     numbered(tmp_path/'s'); (tmp_path/'p.txt').write_text('number 4\n')
-    (tmp_path/'c.yaml').write_text(f'unified_3_sft:\n  data: {{exclude: [{tmp_path}/p.txt], sources: {{sft: {{path: {tmp_path}/s, weight: 1}}}}}}\n')
+    (tmp_path/'c.yaml').write_text(f'unified_3_sft:\n  source: {{exclude: [{tmp_path}/p.txt], sources: {{sft: {{path: {tmp_path}/s, weight: 1}}}}}}\n')
     S.main(['check', '--config', str(tmp_path/'c.yaml'), '--section', 'unified_3_sft', '--json', '-'])
     r = json.loads(capsys.readouterr().out); assert r['sft']['rows'] == 40 and r['sft']['excluded'] == 1
     with pytest.raises(SystemExit, match='Did you mean .unified_3_sft'): S.main(['check', '--config', str(tmp_path/'c.yaml'), '--section', 'unified_3_stf'])
