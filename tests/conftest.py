@@ -19,11 +19,14 @@ def clone(to: Path, profile: str = 'smoke') -> Path:
     return to
 
 
-def run(cmd: list, cwd: Path, **env) -> subprocess.CompletedProcess:
-    "Run a command of this environment in `cwd`, on one thread; never fails by itself."
+def environment(cwd: Path, **env) -> dict:
+    "This environment's commands, the package of `cwd`, one thread."
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-    env = {**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(cwd), 'DVC_NO_ANALYTICS': '1', **env}
-    return subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True)
+    return {**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(cwd), 'DVC_NO_ANALYTICS': '1', **env}
+
+def run(cmd: list, cwd: Path, **env) -> subprocess.CompletedProcess:
+    "Run a command of this environment in `cwd`; never fails by itself."
+    return subprocess.run(cmd, cwd=cwd, env=environment(cwd, **env), capture_output=True, text=True)
 
 
 @pytest.fixture(scope='session')

@@ -11,6 +11,7 @@ from conftest import ROOT
 from spar import shards as S
 from spar.core import to_uint8
 from spar.data import Edits, PhotoCrops, SceneCaptions, SceneImages
+from spar.runner import resolved
 from spar.training import Objective, TrainConfig, fit, micro_batches
 
 
@@ -376,6 +377,20 @@ def test_check_prints_a_table_and_json(bad_folder, tmp_path, capsys):
     S.main(['check', str(bad_folder), '--json', '-']); assert json.loads(capsys.readouterr().out)['data']['words'] == dict(min=2, median=2, max=2)
     with pytest.raises(SystemExit) as e: S.main(['check', str(bad_folder), '--strict'])
     assert e.value.code == 2
+
+SOURCED = [(p, s) for p in ('spar-1b', 'spar-3b') for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder', 'dcae_tuned', 'unified_1_connector', 'unified_2_joint', 'unified_3_sft')]
+
+@pytest.mark.parametrize('profile,stage', SOURCED)
+def test_the_paper_s_corpora_need_nothing_but_their_folders(profile, stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT); p = resolved(stage, profile); train = dict(p['train'], accumulate=p['train']['batch_size'] // 8)      # units of 8 samples
+    sections = [p['source'], *([p['source'] | p['finer']['source']] if p.get('finer') else [])]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match='^corpora/[a-z0-9/-]+: no such folder'): S.corpus_of(sections[0], train)
+    for s in sections[0]['sources'].values():
+        if not Path(s['path']).exists(): S.write_shards(S.world_samples('edits' if s['task'] == 'edit' else 'captions', count=24), s['path'], 12)
+    for section in sections:
+        c = S.corpus_of(section, train); assert c[0]['image'].shape == (3, section['side'], section['side']) and list(c.sources) == list(section['sources'])
+    if stage == 'unified_2_joint': assert c.weights['edits'] == 10 * c.weights['long']
 
 def test_check_reads_a_profile(tmp_path, capsys):
     numbered(tmp_path/'s'); (tmp_path/'p.txt').write_text('number 4\n')
