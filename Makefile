@@ -4,8 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
-# torch's threads wait for each other asleep: beside any other busy program, spinning ones stall
-export GOMP_SPINCOUNT ?= 2000
 SHELL  := bash
 
 .PHONY: help install repro test release bases clean

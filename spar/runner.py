@@ -99,7 +99,6 @@ def kernel_environment(run: Path):
     "Variables that the kernel inherits from this process."
     os.environ['SPAR_RUN'] = run.as_posix()
     os.environ['PYTHONPATH'] = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get('PYTHONPATH')])])
-    os.environ.setdefault('GOMP_SPINCOUNT', '2000')      # torch's threads wait for each other asleep: beside any other busy program, spinning ones stall
     os.environ.setdefault('PYTHONHASHSEED', '0'); os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1'); os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning')

@@ -280,7 +280,7 @@ class Run:
             self.model, *wrapped = self.acc.prepare(objective, *self.opts.values())
             self.opts = {n: w.optimizer for n, w in zip(self.opts, wrapped)}
         self.averaged = [p for g in self.opts['model'].param_groups for p in g['params']]
-        self.ema = EMAModel(self.averaged, decay=cfg.ema) if cfg.ema else None
+        self.ema = EMAModel(self.averaged, decay=cfg.ema, foreach=not self.sharded) if cfg.ema else None
         self.restore()
         if not self.sharded: self.model = self.acc.prepare(objective)
 
