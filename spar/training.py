@@ -137,7 +137,8 @@ class Muon(torch.optim.AdamW):
     def turn(self, ps: list, lr: float, decay: float):
         "Move matrices of one shape, and take their gradients away."
         for p in ps:
-            if 'momentum' not in self.state[p]: self.state[p]['momentum'] = torch.zeros_like(p)
+            if not self.state[p]: self.state[p].update(step=torch.tensor(0.), momentum=torch.zeros_like(p))
+            self.state[p]['step'] += 1            # AdamW's loader asks every parameter for it
             self.state[p]['momentum'].lerp_(p.grad, 1 - self.momentum)
         ahead = torch.stack([p.grad.lerp(self.state[p]['momentum'], self.momentum).flatten(1) for p in ps])
         for p, U in zip(ps, orth(ahead)):
