@@ -104,11 +104,11 @@ def param_groups(
 # %% ../nbs/06_training.ipynb #0767cc71
 def orth(
     G: torch.Tensor,      # [n, r, c] matrices
-    rounds: int = 5,
+    rounds: int = 4,
 ) -> torch.Tensor:        # [n, r, c], singular values about 1 (0.7 to 1.2), in the precision it was computed in
     "`U S Vᵀ -> U Vᵀ`, nearly, by Newton-Schulz iteration; bf16 where the processor has it."
     X = G.to(torch.bfloat16 if has_fast_bf16(G.device) else G.dtype)
-    if tall := X.shape[1] > X.shape[2]: X = X.mT
+    if tall := X.shape[1] > X.shape[2]: X = X.mT.contiguous()
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(rounds):
         A = X @ X.mT
