@@ -161,7 +161,7 @@ class MLLM(nn.Module):
     "An InternVL model and its tokenizer, opened up: encode, embed, splice, read states, answer."
     def __init__(self, hf: InternVLForConditionalGeneration, tokenizer, side: int | None = None):
         super().__init__()
-        if pick_device().type == 'cpu': hf.set_attn_implementation('eager')   # measured: trains twice as fast as the fused kernel there
+        if pick_device().type == 'cpu': hf.set_attn_implementation('eager')   # faster there than the fused kernel
         self.hf, self.tokenizer, self.encoder = hf, tokenizer, Encoder(hf, side)
         self.image_token, self.pad_token = hf.config.image_token_id, tokenizer.pad_token_id
         self.hidden_size, self.num_layers = hf.config.text_config.hidden_size, hf.config.text_config.num_hidden_layers
@@ -465,7 +465,7 @@ def load_mllm(path, side: int | None = None, dtype=torch.float32) -> MLLM:
     return freeze(MLLM(hf, AutoTokenizer.from_pretrained(path), side))
 
 def load_dcae(path, dtype=torch.float32) -> DCAE:
-    "DC-AE from a folder, frozen; convolutions keep channels last, which is a fifth faster on a CPU and no slower elsewhere."
+    "DC-AE from a folder, frozen; convolutions keep channels last, which is faster on a CPU and no slower elsewhere."
     path = need_folder(path, 'DC-AE')
     hf, info = AutoencoderDC.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
     check_loading(info, path, 'DC-AE')

@@ -227,12 +227,12 @@ class TokenizerObjective(PixelObjective):
         if cfg.lambda_p and tokenizer.streams.pixel is None: raise ValueError('lambda_p > 0 without a pixel stream has nothing to pull: set lambda_p to 0.')
         if cfg.lambda_s and encoder is None: raise ValueError('lambda_s > 0 needs encoder=..., the untouched encoder.')
         self.tokenizer, self.dcae = freeze(tokenizer), freeze(dcae) if cfg.lambda_p else None
-        self.f_anchor = freeze(copy.deepcopy(encoder)) if cfg.lambda_s else None
-        if self.f_anchor: self.f_anchor.side = tokenizer.encoder.side
+        self.untouched = freeze(copy.deepcopy(encoder)) if cfg.lambda_s else None
+        if self.untouched: self.untouched.side = tokenizer.encoder.side
         for on, part in zip((cfg.train_encoder, cfg.train_streams, cfg.train_decoder), self.parts()): part.requires_grad_(on)
 
     def parts(self): return self.tokenizer.encoder, self.tokenizer.streams, self.tokenizer.decoder
-    def frozen(self): return [*super().frozen(), self.dcae, self.f_anchor, *[p for p in self.parts() if not any(q.requires_grad for q in p.parameters())]]
+    def frozen(self): return [*super().frozen(), self.dcae, self.untouched, *[p for p in self.parts() if not any(q.requires_grad for q in p.parameters())]]
     def target(self, images): return self.tokenizer.target(images)
 
     def look(self, images, pixels=True):
@@ -254,7 +254,7 @@ def compute(self: TokenizerObjective, x, rec, more) -> dict:
     frozen = torch.no_grad()(lambda net, v: net(v))
     return {**PixelObjective.compute(self, x, rec, more),
             'L_p': lambda: latent_loss(e.z_p, frozen(self.dcae.encode, x)),
-            'L_s': lambda: anchor_loss(e.f_v, frozen(self.f_anchor, images), self.cfg.anchor)}
+            'L_s': lambda: anchor_loss(e.f_v, frozen(self.untouched, images), self.cfg.anchor)}
 
 # %% ../nbs/12_reconstruction_loss.ipynb #85a6b14a
 class AutoencoderObjective(PixelObjective):

@@ -800,7 +800,7 @@ def data_parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(dest='command', required=True, metavar='{check,pack}')
     c = sub.add_parser('check', help='read some of every source and report', description='Read some samples of every source, as training would, and report what they are like.', epilog=EXAMPLES['check'], **raw)
     c.add_argument('paths', nargs='*', metavar='FOLDER', help='sources; or --config')
-    c.add_argument('--config', metavar='FILE', help='a profile (YAML), whose sources are checked'); c.add_argument('--section', default='', metavar='NAME', help='the section of --config that has `data`')
+    c.add_argument('--config', metavar='FILE', help='a profile (YAML), whose sources are checked'); c.add_argument('--section', default='', metavar='NAME', help='the section of --config that has `source`')
     c.add_argument('--n', type=int, default=1000, help='samples to read of each source, 0 for all (default: 1000)')
     c.add_argument('--json', metavar='FILE', help='write the report as JSON; - prints it instead of the table')
     c.add_argument('--names', type=int, default=10, metavar='N', help='how many broken samples to name for each source (default: 10)')

@@ -42,7 +42,7 @@ class SemanticStream(nn.Module):
 
 # %% ../nbs/10_streams.ipynb #5016f393
 def attention(q, k, v):  # each [B, heads, N, d] -> [B, heads, N, d]
-    "Scaled dot products. On a CPU as two matrix products: for the few tokens of a picture twice as fast as torch's fused kernel."
+    "Scaled dot products. On a CPU as two matrix products: for the few tokens of a picture faster than torch's fused kernel."
     if q.device.type != 'cpu': return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.mT * q.shape[-1]**-0.5).softmax(-1) @ v
 

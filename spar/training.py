@@ -105,7 +105,7 @@ def param_groups(
 def orth(
     G: torch.Tensor,      # [n, r, c] matrices
     rounds: int = 4,
-) -> torch.Tensor:        # [n, r, c], singular values about 1 (0.7 to 1.2), in the precision it was computed in
+) -> torch.Tensor:        # [n, r, c], singular values about 1, in the precision it was computed in
     "`U S Vᵀ -> U Vᵀ`, nearly, by Newton-Schulz iteration; bf16 where the processor has it."
     X = G.to(torch.bfloat16 if has_fast_bf16(G.device) else G.dtype)
     if tall := X.shape[1] > X.shape[2]: X = X.mT.contiguous()
