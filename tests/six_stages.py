@@ -20,11 +20,11 @@ def sources(stage: str) -> dict:
     return captions if stage == 'unified_1_connector' else captions | dict(edits=dict(path='corpora/edits', task='edit', weight=.5))
 
 def profile() -> dict:
-    "The smoke profile from shards, in fp32, with a second pass of tokenizer stage III."
+    "The smoke profile from shards, in fp32 with AdamW, with a second pass of tokenizer stage III."
     p = yaml.safe_load((ROOT/'configs/smoke.yaml').read_text())
     for stage in STAGES:
         p[stage] |= dict(source=dict(side=64, sources=sources(stage)))
-        p[stage]['train'] |= dict(steps=STEPS, save_every=2, precision='no')
+        p[stage]['train'] |= dict(steps=STEPS, save_every=2, precision='no', optimizer='adamw')      # Muon turns matrices in bf16
     p['tokenizer_3_encoder']['finer'] = dict(side=128, loss=dict(gan_start=0.), train=dict(steps=4))
     return p
 
