@@ -15,6 +15,7 @@ install: $(VENV)/.installed   ## a virtual environment with exact versions
 
 # torch first and torchvision without its dependencies: otherwise pip resolves both to the newest CUDA builds
 $(VENV)/.installed: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python {v.major}.{v.minor} is too old: 3.11 or newer is needed, e.g. make install PYTHON=python3.12" if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt torch
