@@ -1,10 +1,11 @@
-"""README.md from nbs/index.ipynb, executed. `#| hide` leaves a cell out, `#| echo: false` its source.  Run: python tests/readme.py"""
+"""README.md from nbs/index.ipynb, executed and saved with its tables. `#| hide` leaves a cell out, `#| echo: false` its source.  Run: python tests/readme.py"""
 import re
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbdev.clean import nbdev_clean
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +17,11 @@ def says(cell, directive):
 
 
 def main():
-    nb = nbformat.read(ROOT / 'nbs/index.ipynb', as_version=4)
-    NotebookClient(nb, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(ROOT / 'nbs')}}).execute()
+    index = ROOT / 'nbs/index.ipynb'
+    nb = nbformat.read(index, as_version=4)
+    NotebookClient(nb, timeout=300, kernel_name='python3', record_timing=False, resources={'metadata': {'path': str(ROOT / 'nbs')}}).execute()
+    nbformat.write(nb, index)
+    nbdev_clean(str(index))
     nb.cells = [c for c in nb.cells if c.cell_type != 'raw' and not says(c, 'hide')]
     for c in nb.cells:
         if says(c, 'echo: false'):
