@@ -446,9 +446,12 @@ def one_scale(z: torch.Tensor) -> dict:
 # %% ../nbs/18_bases.ipynb #22059bc4
 class SanaObjective(Objective):
     "Flow matching on normalised latents, one prompt in ten dropped; with `see`, a head on block `depth` that names what stands where."
-    def __init__(self, base: Text2Image, flow: FlowConfig, seed: int = 0, see: float = 0., depth: int = 3):
+    def __init__(self, base: Text2Image, flow: FlowConfig, seed: int = 0, see: float = 0., depth: int = 3,
+        dcae: DCAE | None = None,      # encodes batches that bring `image` and no `latent`, as those of a corpus do
+    ):
         super().__init__()
         self.base, self.flow, self.seed, self.see, self.seen = base, flow, seed, see, None
+        self.dcae = freeze(dcae) if dcae else None
         if see:
             c, blocks = base.transformer.config, base.transformer.transformer_blocks
             if not 1 <= depth <= len(blocks): raise ValueError(f'depth {depth} is not in 1..{len(blocks)}, the transformer\'s blocks.')
@@ -456,7 +459,8 @@ class SanaObjective(Objective):
             blocks[depth - 1].register_forward_hook(lambda m, args, out: setattr(self, 'seen', out))
     def weights(self, progress, player='model'): return dict(flow=1., see=self.see)
     def terms(self, batch, weights, player='model'):
-        i, x0 = batch['index'], self.base.normalise(batch['latent'])
+        with torch.no_grad(): x0 = self.base.normalise(batch['latent'] if 'latent' in batch else self.dcae.encode(batch['image']))
+        i = batch['index']
         drop = uniform((), self.seed, 'prompt drop', i) < self.flow.drop
         cond, mask = self.base.encode_text(['' if d else t for d, t in zip(drop, batch['text'])])
         eps, sigma = normal(x0.shape[1:], self.seed, 'noise', i).to(x0), sample_sigma(self.seed, i, self.flow).to(x0)

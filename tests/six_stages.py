@@ -3,7 +3,10 @@
     python tests/six_stages.py                                          all six, tokenizer stage III is killed (some minutes on two cores)
     python tests/six_stages.py --stages tokenizer_1_init --killed tokenizer_1_init     what the tests do
 
-Random backbones of a few layers, steps of seconds. Prints, for every stage, the largest difference of its weights from those of the run that nobody killed."""
+Random backbones of a few layers, ten steps a stage, fp32. What "within rounding" means here: two processes add the same gradients in another order, so they differ in the last bit.
+AdamW divides a gradient by its own size, so where a gradient is itself rounding (a bias before a normalisation, a token that nobody reads) that last bit decides the sign of a whole step, and the
+weight ends up to 2 x lr away for each such step. Everywhere else it stays in the last digits. So three numbers are printed for every stage, against the run that nobody killed: the largest
+difference, the share of weights farther apart than 1e-5, and the norm of the difference against the norm of the weights; the largest has to be within two such steps, the share within SHARE."""
 import argparse, json, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import psutil, yaml
@@ -11,7 +14,8 @@ from safetensors.torch import load_file
 from conftest import ROOT, clone, environment, run
 
 STAGES = ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder', 'unified_1_connector', 'unified_2_joint', 'unified_3_sft')
-STEPS, CLOSE = 10, 1e-3       # CLOSE: ten steps of Adam with rates of 1e-3, where a gradient near 0 may change its sign
+STEPS = 10
+CLOSE, SHARE = 4e-3, .01      # two steps of opposite sign at lr 1e-3; the share of weights that may be farther off than 1e-5
 TWO = ['accelerate-launch', '--config_file', 'configs/accelerate/ddp.yaml', '--num_processes', '2', '--main_process_port', '0', '-m', 'spar.runner']
 
 def sources(stage: str) -> dict:
@@ -48,16 +52,20 @@ def killed(stage: str, tree: Path) -> int:       # the step whose checkpoint is 
     assert 0 < step < STEPS and not (tree/'artifacts'/stage).exists(), f'{stage} was killed too late, at step {step}'
     return step
 
-def difference(a: Path, b: Path) -> float:
-    "Largest absolute difference of two folders' weights; other names are an error."
+def difference(a: Path, b: Path) -> dict:        # largest: absolute; share: of weights farther apart than 1e-5; norm: |a - b| / |a|
+    "How far two folders' weights are apart; other names are an error."
     names = sorted(p.relative_to(a) for p in a.rglob('*.safetensors')); assert names and names == sorted(p.relative_to(b) for p in b.rglob('*.safetensors'))
-    most = 0.
-    for n in names:
-        x, y = load_file(a/n), load_file(b/n); assert x.keys() == y.keys()
-        most = max([most, *((x[k].double() - y[k].double()).abs().max().item() for k in x)])
-    return most
+    most, far, n, d2, a2 = 0., 0, 0, 0., 0.
+    for name in names:
+        x, y = load_file(a/name), load_file(b/name); assert x.keys() == y.keys()
+        for k in x:
+            u = x[k].double(); d = (u - y[k].double()).abs()
+            most = max(most, d.max().item()); far += (d > 1e-5).sum().item(); n += d.numel(); d2 += d.square().sum().item(); a2 += u.square().sum().item()
+    return dict(largest=most, share=far/n, norm=(d2/a2)**.5)
 
-def main(place: Path, stages=STAGES, victim='tokenizer_3_encoder') -> dict:      # stage -> largest difference
+def close(d: dict) -> bool: return d['largest'] <= CLOSE and d['share'] <= SHARE
+
+def main(place: Path, stages=STAGES, victim='tokenizer_3_encoder') -> dict:      # stage -> `difference`
     whole, broken = place/'uninterrupted', place/'killed'
     clone(whole)
     (whole/'configs/shards.yaml').write_text(yaml.safe_dump(profile()))
@@ -71,11 +79,11 @@ def main(place: Path, stages=STAGES, victim='tokenizer_3_encoder') -> dict:     
     print(f'{victim:20} killed on two processes after the checkpoint of step {step}, continued on one', flush=True)
     for stage in stages[stages.index(victim) + 1:]: said(run([*TWO, stage, '--profile', 'shards'], broken))
     found = {stage: difference(whole/'artifacts'/stage, broken/'artifacts'/stage) for stage in stages}
-    for stage, d in found.items(): print(f'{stage:20} largest difference of a weight {d:.1e}')
+    for stage, d in found.items(): print(f'{stage:20} largest difference of a weight {d["largest"]:.1e}   farther than 1e-5: {d["share"]:.2%}   |a - b| / |a| = {d["norm"]:.1e}')
     return found
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0]); p.add_argument('--stages', nargs='+', default=STAGES, choices=STAGES); p.add_argument('--killed', default='tokenizer_3_encoder', choices=STAGES)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as d: found = main(Path(d), tuple(a.stages), a.killed)
-    sys.exit(any(v > CLOSE for v in found.values()))
+    sys.exit(not all(map(close, found.values())))

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import psutil, pytest, yaml
 from PIL import Image
+from safetensors.torch import load_file
 from conftest import ROOT, clone, run
 from spar import cli
 from spar.core import file_hash
@@ -129,6 +130,18 @@ def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_mod
     rows = list(csv.DictReader(open(smoke/'plots/finer/tokenizer_3_encoder/finer.csv')))
     assert rows[-1]['step'] == '3' and all(r['L_GAN'] for r in rows)          # the adversary is there from the start
     assert (smoke/'artifacts/finer/unified_1_connector').is_dir() and not list((smoke/'runs/finer').rglob('checkpoint'))
+
+def test_the_control_learns_from_a_corpus_with_its_text_encoder_at_rest(smoke):
+    smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text()); name = 'sana_tuned'
+    smoked[name] |= dict(out=f'artifacts/corpus/{name}', metrics=f'metrics/corpus/{name}.json', plots=f'plots/corpus/{name}', text_encoder=False,
+                         source=dict(side=64, sources=dict(captions=dict(path='corpora/captions', task='caption'))))
+    (smoke/'configs/corpus.yaml').write_text(yaml.safe_dump(smoked))
+    for cmd in (['spar_data', 'pack', 'world:captions', 'corpora/captions', '--count', '24', '--per-shard', '8'], ['spar_stage', name, '--profile', 'corpus']):
+        assert (done := run(cmd, smoke)).returncode == 0, done.stderr[-3000:]
+    bases = json.loads((smoke/'artifacts/prepared/backbones.json').read_text())
+    of = lambda folder, part: load_file(next((smoke/folder/part).glob('*.safetensors')))
+    before, after = (of(f, 'text_encoder') for f in (bases['sana'], f'artifacts/corpus/{name}')); assert all(before[k].equal(v.to(before[k].dtype)) for k, v in after.items())
+    before, after = (of(f, 'transformer') for f in (bases['sana'], f'artifacts/corpus/{name}')); assert any(not before[k].equal(v.to(before[k].dtype)) for k, v in after.items())
 
 def test_the_same_stage_twice_gives_the_same_bytes(smoke):
     name = 'unified_2_joint'; once = result(smoke, name)
