@@ -21,6 +21,11 @@ def one_step(profile: str) -> dict:
     p['unified_1_connector']['model']['flow']['steps'] = 2
     return p
 
+def said_of(metrics: dict) -> str:
+    "The terms of the step, or of the validation after it, in one line."
+    flat = metrics.get('final') or {(f'{k}.{j}' if j else k): v for k, m in metrics.items() for j, v in (m.items() if isinstance(m, dict) else [('', m)])}
+    return '  '.join(f'{k} {v:.3g}' for k, v in flat.items() if isinstance(v, (int, float)) and not k.startswith('lr'))
+
 def main(profile: str, depth: int, place: Path) -> bool:
     clone(place); (place/'configs/step.yaml').write_text(yaml.safe_dump(one_step(profile)))
     print(said(run(['spar_models', '--random', f'checkpoints/{profile}', '--profile', profile, '--depth', str(depth)], place)))
@@ -31,7 +36,7 @@ def main(profile: str, depth: int, place: Path) -> bool:
     for stage in ('prepare', *STAGES):
         began = time.time(); said(run(['spar_stage', stage, '--profile', 'step'], place)); peak = json.loads((place/'metrics/run.json').read_text())[stage]['peak_memory_gb']; fine &= peak < GB
         metrics = place/f'metrics/stages/{stage}.json'; final = json.loads(metrics.read_text()) if metrics.is_file() else {}
-        print(f'{profile} {stage:20} {time.time() - began:5.0f} s   peak {peak:5.1f} GB   {json.dumps(final.get("final", {k: v for k, v in final.items() if isinstance(v, float)}))}', flush=True)
+        print(f'{profile} {stage:20} {time.time() - began:5.0f} s   peak {peak:5.1f} GB   {said_of(final)}', flush=True)
     return fine
 
 if __name__ == '__main__':
