@@ -30,7 +30,7 @@ from .judges import Judge
 from .metrics import clean
 from .pipeline import from_pil, read_image, to_pil
 from .protocols import (EndpointJudge, GenEvalJudge, JudgeError, LocalJudge, Reply, load_geneval, open_run, protocol, run_geneval, run_imgedit, run_mmvp,
-                            run_reconstruction, run_wise, spar_drawer, the_device)
+                            reconstructs_at, run_reconstruction, run_wise, spar_drawer, the_device)
 
 # %% ../nbs/54_baselines.ipynb #90a7204b
 TASKS = ('reconstruction', 'understanding', 'generation', 'editing')
@@ -204,7 +204,7 @@ def own(b: Baseline, sampling: dict, device):
     "A SparPipeline as a callable of the task."
     from spar.pipeline import SparPipeline
     pipe = SparPipeline.from_pretrained(b.path, device)
-    if b.task == 'reconstruction': return lambda images: pipe.image_tokenizer.reconstruct(images.to(pipe.device))
+    if b.task == 'reconstruction': return lambda images: reconstructs_at(pipe.image_tokenizer)(images.to(pipe.device))
     if b.task in DRAWING: return spar_drawer(pipe, **sampling)
     return lambda pictures, questions: pipe.answer(pictures, questions, 16) if pictures else pipe.mllm.answer(None, questions, 16)
 

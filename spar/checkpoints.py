@@ -14,12 +14,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from safetensors import SafetensorError
 from safetensors.torch import save_file, load_file
-from .core import atomic_path, write_json, read_json, file_hash
+from .core import atomic_path, is_first, write_json, read_json, file_hash
 
 # %% ../nbs/05_checkpoints.ipynb #90b95db2
-def whole(t: torch.Tensor) -> torch.Tensor:
-    "`t`, put together again if it is spread over processes (all of them must ask), on the CPU."
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
+def whole(t: torch.Tensor) -> torch.Tensor | None:
+    "`t` on the CPU, put together again if it is spread over processes (all of them must ask); only the process that writes keeps it."
+    t = (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+    return t.cpu().contiguous() if is_first() else None
 
 def trainable_state(
     module: nn.Module,
@@ -79,7 +80,8 @@ def save_checkpoint(
     tensors: dict[str, dict],        # file name -> {name: tensor}
     state: dict,                     # everything that is not a tensor, plain JSON
 ):
-    "Write all files into a temporary folder and rename it: a kill or a full disk leaves the previous checkpoint."
+    "Write all files into a temporary folder and rename it: a kill or a full disk leaves the previous checkpoint. The first process alone writes."
+    if not is_first(): return
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         for name, group in tensors.items(): save_file(group, tmp/f'{name}.safetensors')

@@ -617,9 +617,9 @@ DIR holds the folders mllm, dcae, sana, lpips, judge (or links to them). Nothing
     p.add_argument('--own', action='store_true', help='compare files with their own config.json, not with the profile')
     p.add_argument('--cost', action='store_true', help='print what the training stages cost')
     p.add_argument('--random', metavar='DIR', help='write random folders')
-    p.add_argument('--depth', type=int, default=6, help='layers of each stack with --random (default: 6, the least that alignment and connector need)')
+    p.add_argument('--depth', type=int, help='layers of each stack with --random (default: 6, the least that alignment and connector need)')
     p.add_argument('--full', action='store_true', help='every layer, with --random')
-    p.add_argument('--seed', type=int, default=0, help='of the random weights')
+    p.add_argument('--seed', type=int, help='of the random weights (default: 0)')
     return p
 
 # %% ../nbs/50_models.ipynb #6adad6b6
@@ -632,11 +632,15 @@ def report(profile: str, bases: Path, own: bool) -> int:      # number of proble
 
 def main(argv=None):
     "Entry point of `spar_models`."
-    args = parser().parse_args(argv); quiet()
+    p = parser(); args = p.parse_args(argv); quiet()
+    if args.random and (args.what == 'check' or args.bases or args.own or args.cost): p.error('--random writes folders and checks what it wrote: it goes without check, --bases, --own and --cost')
+    if not args.random and (args.full or args.depth is not None or args.seed is not None): p.error('--full, --depth and --seed belong to --random DIR')
+    if args.full and args.depth is not None: p.error('--full is every layer: leave --depth out')
+    if args.what != 'check' and (args.bases or args.own): p.error('--bases and --own belong to `spar_models check`')
     try:
         profile = args.profile or profile_name(); recipe(profile)
         if args.random:
-            random_folders(args.random, profile, None if args.full else args.depth, args.seed)
+            random_folders(args.random, profile, None if args.full else 6 if args.depth is None else args.depth, args.seed or 0)
             raise SystemExit(1 if report(profile, Path(args.random), own=not args.full) else 0)
         print(as_text(table_of_parts(profile)))
         if args.cost: print('\n' + costs_as_text(costs(profile)))

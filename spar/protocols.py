@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SHA256', 'RETRIED', 'WISE_FILES', 'WISE_RANGES', 'WISE_SHARES', 'WISE_SYSTEM', 'WISE_OURS', 'IMGEDIT_TYPES',
-           'GENEVAL_COLOURS', 'GENEVAL_TAGS', 'MMVP_ASK', 'LMMS_EVAL', 'LMMS_TASKS', 'protocol', 'versions',
-           'prompt_file', 'first_of_each', 'written', 'write_result', 'open_run', 'Ledger', 'JudgeError', 'Reply',
-           'retry_after', 'png_url', 'openai_messages', 'EndpointJudge', 'attempt', 'LocalJudge', 'Question', 'ask_all',
-           'Unfinished', 'answered', 'Wanted', 'draw_all', 'spar_drawer', 'wise_kind', 'load_wise', 'python_text',
-           'wise_rubric', 'parse_wise', 'wiscore', 'wise_result', 'run_wise', 'drawing_only', 'picture', 'scored',
-           'load_imgedit', 'parse_imgedit', 'imgedit_result', 'run_imgedit', 'Found', 'beside', 'geneval_verdict',
-           'instances', 'box_of', 'GenEvalJudge', 'colour_text', 'colours', 'verdict', 'load_geneval', 'geneval_result',
-           'run_geneval', 'published_layout', 'picture_files', 'read_square', 'inception', 'frechet', 'judge_batch',
-           'resized', 'reconstruct_shard', 'run_reconstruction', 'reconstruction_protocol', 'reconstruction_result',
-           'load_mmvp', 'parse_letter', 'mmvp_result', 'SparAnswers', 'run_mmvp', 'lmms_commands', 'evaluate_parser',
-           'need', 'the_judge', 'the_device', 'run_drawn', 'run_benchmark', 'evaluate']
+           'GENEVAL_COLOURS', 'GENEVAL_TAGS', 'MMVP_ASK', 'LMMS_EVAL', 'LMMS_TASKS', 'READS', 'option', 'protocol',
+           'versions', 'prompt_file', 'first_of_each', 'written', 'write_result', 'open_run', 'Ledger', 'JudgeError',
+           'Reply', 'retry_after', 'png_url', 'openai_messages', 'EndpointJudge', 'attempt', 'LocalJudge', 'Question',
+           'ask_all', 'Unfinished', 'answered', 'Wanted', 'draw_all', 'spar_drawer', 'wise_kind', 'load_wise',
+           'python_text', 'wise_rubric', 'parse_wise', 'wiscore', 'wise_result', 'run_wise', 'drawing_only', 'picture',
+           'scored', 'load_imgedit', 'parse_imgedit', 'imgedit_result', 'run_imgedit', 'Found', 'beside',
+           'geneval_verdict', 'instances', 'box_of', 'GenEvalJudge', 'colour_text', 'colours', 'verdict',
+           'load_geneval', 'geneval_result', 'run_geneval', 'published_layout', 'picture_files', 'read_square',
+           'inception', 'frechet', 'judge_batch', 'resized', 'reconstruct_shard', 'reconstructs_at',
+           'run_reconstruction', 'reconstruction_protocol', 'reconstruction_result', 'load_mmvp', 'parse_letter',
+           'mmvp_result', 'SparAnswers', 'run_mmvp', 'lmms_commands', 'evaluate_parser', 'nothing_ignored', 'need',
+           'the_judge', 'the_device', 'run_drawn', 'run_benchmark', 'evaluate']
 
 # %% ../nbs/52_protocols.ipynb #dab2f4ec
 from .core import file_hash, one_of, pick_device, read_json, seed_for, to_uint8, to_unit
@@ -753,6 +754,16 @@ def reconstruct_shard(files, folder, reconstruct, side, compare, batch_size, dev
     return {k: torch.cat(v) for k, v in parts.items()}
 
 # %% ../nbs/52_protocols.ipynb #d5d3304a
+def reconstructs_at(tokenizer):      # -> callable [B, 3, S, S] -> [B, 3, S, S]
+    "The tokenizer on pictures of any side S that is a multiple of its factor: its encoder works at the side whose tokens are S / factor, whatever it was trained at last."
+    def reconstruct(images):
+        S, e = images.shape[-1], tokenizer.encoder; tokens, own = S // tokenizer.factor, e.side
+        if S % tokenizer.factor or not tokens: raise ValueError(f'pictures of {S} px: a tokenizer of factor {tokenizer.factor} reconstructs multiples of {tokenizer.factor} px.')
+        e.side = round(tokens / e.ratio) * e.patch
+        try: return tokenizer.reconstruct(images)
+        finally: e.side = own
+    return reconstruct
+
 def run_reconstruction(
     reconstruct,               # callable [B, 3, S, S] in [-1, 1] -> [B, 3, S', S']
     folder,                    # of pictures, for example ImageNet val
@@ -893,11 +904,22 @@ Keys are read from the environment variable that --key-env names. Prompt files a
     for name, kind, value, text in (('steps', int, 20, 'from noise to picture'), ('guidance', float, 4.5, ''), ('seed', int, 0, ''), ('side', int, None, 'reconstruction: pixels'),
                                     ('compare', int, None, 'reconstruction: side of the resized protocol'), ('limit', int, None, 'first prompts of each category'),
                                     ('batch-size', int, 8, ''), ('workers', int, 4, 'questions at once'), ('timeout', float, 120., 'seconds for an answer'), ('tries', int, 8, 'requests a question')):
-        p.add_argument('--' + name, type=kind, default=value, help=f'{text} (default: {value})'.strip())
+        p.add_argument('--' + name, type=kind, default=value, help=(text if value is None else f'{text} (default: {value})').strip())
     p.add_argument('--only', choices=('draw', 'score'), help='draw now and score later, or the other half')
     return p
 
 # %% ../nbs/52_protocols.ipynb #7cdbcb0e
+_COMMON, _DRAWN, _JUDGED = {'benchmark', 'model', 'out', 'device', 'limit'}, {'prompts', 'steps', 'guidance', 'seed', 'batch_size', 'only'}, {'judge_url', 'judge_model', 'judge_local', 'key_env', 'workers', 'timeout', 'tries'}
+READS = {'geneval': _COMMON | _DRAWN | {'detector', 'clip'}, 'wise': _COMMON | _DRAWN | _JUDGED | {'rubric'}, 'imgedit': _COMMON | _DRAWN | _JUDGED | {'sources'},
+         'reconstruction': _COMMON | {'sources', 'side', 'compare', 'inception', 'vgg', 'batch_size'}, 'mmvp': _COMMON | {'prompts'}, 'lmms': {'benchmark', 'model', 'out'}}
+option = lambda name: '--' + name.replace('_', '-')
+
+def nothing_ignored(parser, args):
+    "An option that the benchmark does not read is a mistake, and so are two judges."
+    extra = [option(n) for n, v in vars(args).items() if v != parser.get_default(n) and n not in READS[args.benchmark]]
+    if extra: raise ValueError(f'{args.benchmark} has no use for {", ".join(extra)}; it reads {" ".join(sorted(option(n) for n in READS[args.benchmark] - {"benchmark"}))}.')
+    if args.judge_local and args.judge_url: raise ValueError('one judge: --judge-url or --judge-local.')
+
 def need(args, *names: str):
     "Options that this benchmark cannot do without."
     lacking = ['--' + n.replace('_', '-') for n in names if getattr(args, n) is None]
@@ -935,18 +957,20 @@ def run_benchmark(args) -> dict | None:
     if args.benchmark == 'lmms': print(lmms_commands(args.model or 'exported/internvl', args.out)); return None
     args.model, the = args.model or MODEL, the_device(args)
     share = dict(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)))
-    pipe = loaded(args); system = dict(name=Path(args.model).name, sha256=file_hash(args.model))
+    only_scores = args.only == 'score' and Path(args.model).is_dir()      # then the model's hash is all that is needed of it
+    pipe = None if only_scores else loaded(args); system = dict(name=Path(args.model).name, sha256=file_hash(args.model))
     if args.benchmark == 'mmvp': need(args, 'prompts'); return run_mmvp(SparAnswers(pipe), args.prompts, args.out, system, args.limit, **share)
     if args.benchmark != 'reconstruction': return run_drawn(args, pipe, system, share)
     need(args, 'sources'); tk = pipe.image_tokenizer
     side = args.side or tk.factor * tk.encoder.grid()
-    return run_reconstruction(tk.reconstruct, args.sources, args.out, system, side, args.compare, args.inception, args.vgg, args.limit, batch_size=args.batch_size, device=the or pipe.device, **share)
+    return run_reconstruction(reconstructs_at(tk), args.sources, args.out, system, side, args.compare, args.inception, args.vgg, args.limit, batch_size=args.batch_size, device=the or pipe.device, **share)
 
 def evaluate(argv=None):
     "Entry point of `spar_evaluate`."
     from spar.cli import guarded
-    args = evaluate_parser().parse_args(argv)
+    parser = evaluate_parser(); args = parser.parse_args(argv)
     def command():
+        nothing_ignored(parser, args)
         try: told = run_benchmark(args)
         except JudgeError as e: raise ValueError(str(e)) from None
         if told: print(json.dumps({k: v for k, v in told.items() if k not in ('protocol', 'system')}, indent=1)); print('protocol', told['protocol']['id'])

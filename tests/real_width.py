@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, clone, run
 from six_stages import STAGES, said
 
-GB = 20
+GB, CONNECTOR = 20, 2      # layers of the connector, cut as everything else
 
 def one_step(profile: str) -> dict:
     "The profile with one step of two samples, and next to nothing measured or drawn."
@@ -18,7 +18,7 @@ def one_step(profile: str) -> dict:
         p[stage]['train'] |= dict(steps=1, batch_size=2, accumulate=1, warmup=0, workers=0, precision='no', log_every=1, save_every=100, look_every=100)
         p[stage] |= dict(pictures=2) if stage.startswith('tokenizer') else dict(prompts=p[stage]['prompts'][:1], validation=dict(n=2))
     p['tokenizer_3_encoder'] |= dict(measured=64, finer=dict(side=0)); p['tokenizer_3_encoder']['loss']['gan_start'] = 0.      # every term in the one step
-    p['unified_1_connector']['model']['flow']['steps'] = 2
+    p['unified_1_connector']['model']['flow']['steps'] = 2; p['unified_1_connector']['model']['condition']['layers'] = CONNECTOR
     return p
 
 def said_of(metrics: dict) -> str:

@@ -226,6 +226,10 @@ def test_command(toy):
     found = command('check', '--profile', 'spar-1b', '--bases', str(toy[0]))
     assert found.returncode == 1 and '67.6 M' in found.stdout and 'WRONG' in found.stdout and 'cure:' in found.stdout and not found.stderr.count('Traceback')
 
+@pytest.mark.parametrize('argv, says', [(('check', '--random', 'x'), '--random writes'), (('--depth', '4'), 'belong to --random'), (('--bases', 'x'), 'belong to `spar_models check`'), (('--random', 'x', '--full', '--depth', '3'), 'leave --depth out')])
+def test_no_option_is_accepted_and_ignored(argv, says):
+    found = command(*argv, '--profile', 'spar-1b'); assert found.returncode == 2 and says in found.stderr, found.stderr
+
 def test_command_without_a_large_profile():
     found = command('--profile', 'mini')
     assert found.returncode == 1 and 'spar-1b, spar-3b' in found.stderr and 'Traceback' not in found.stderr

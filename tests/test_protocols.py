@@ -214,7 +214,19 @@ def pipeline(tmp_path_factory):
     tiny_pipeline(['number is it red ? yes no answer with the letter of right option only . ( ) a b', *map(str, range(1000))]).save_pretrained(folder)
     return folder
 
-def command(*argv): P.evaluate([str(a) for a in (*argv, '--device', 'cpu', '--steps', 1)])
+def command(*argv): P.evaluate([str(a) for a in (*argv, '--device', 'cpu', *(('--steps', 1) if argv[0] in ('geneval', 'wise', 'imgedit') else ()))])
+
+@pytest.mark.parametrize('argv, says', [(('reconstruction', '--only', 'draw'), 'no use for --only'), (('mmvp', '--judge-url', 'x', '--guidance', 2), 'no use for --judge-url, --guidance'),
+                                        (('geneval', '--rubric', 'x'), 'no use for --rubric'), (('wise', '--judge-url', 'x', '--judge-local', 'y'), 'one judge')])
+def test_no_option_is_accepted_and_ignored(argv, says, tmp_path):
+    with pytest.raises(SystemExit, match=says): command(*argv, '--out', tmp_path)
+
+def test_a_tokenizer_reconstructs_at_other_sides_than_its_own(pipeline):
+    from spar.pipeline import SparPipeline
+    tk = SparPipeline.from_pretrained(pipeline, 'cpu').image_tokenizer; own = tk.encoder.side; x = torch.rand(1, 3, 96, 96) * 2 - 1
+    with torch.no_grad(): at = {S: P.reconstructs_at(tk)(x[..., :S, :S]) for S in (own, 32, 96)}; assert at[own].equal(tk.reconstruct(x[..., :own, :own]))
+    assert all(y.shape[-2:] == (S, S) for S, y in at.items()) and tk.encoder.side == own
+    with pytest.raises(ValueError, match=f'multiples of {tk.factor}'): P.reconstructs_at(tk)(x[..., :33, :33])
 
 def test_the_command_draws_then_scores(pipeline, server, tmp_path, monkeypatch, capsys):
     known, server.grade = files(tmp_path/'f'), lambda key: GRADES['imgedit']
@@ -235,6 +247,8 @@ def test_the_command_reconstructs_and_answers(pipeline, tmp_path, capsys):
     command('reconstruction', '--sources', tmp_path/'photos', '--out', tmp_path/'rec', '--model', pipeline)
     told = json.loads((tmp_path/'rec/result.json').read_text())
     assert told['pictures'] == 3 and told['protocol']['kind'] == 'native' and told['protocol']['side'] == 64 and 0 < told['psnr'] < 40
+    command('reconstruction', '--sources', tmp_path/'photos', '--out', tmp_path/'rec32', '--model', pipeline, '--side', 32)      # the paper's 256 px of a tokenizer trained at 512
+    assert json.loads((tmp_path/'rec32/result.json').read_text())['protocol'].items() >= dict(kind='native', side=32).items()
     (tmp_path/'mmvp/MMVP Images').mkdir(parents=True)
     (tmp_path/'mmvp/Questions.csv').write_text('Index,Question,Options,Correct Answer\n1,Is it red?,(a) Yes (b) No,(a)\n2,Is it red?,(a) Yes (b) No,(b)\n')
     for k in (1, 2): Image.new('RGB', (64, 64), 'red').save(tmp_path/f'mmvp/MMVP Images/{k}.jpg')

@@ -78,3 +78,11 @@ def test_nan_stops_with_step_term_and_samples_and_keeps_the_last_good_checkpoint
     assert all(p.isfinite().all() for p in obj.parameters())
     import json
     assert json.loads((tmp_path/'r/checkpoint/state.json').read_text())['step'] == 4
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
+    import importlib.util
+    lacking = [n for n in ('wandb', 'tensorboard', 'dvclive') if not importlib.util.find_spec(n)]
+    if not lacking: pytest.skip('every tracker is installed')
+    class Mean(Objective):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=f'pip install {lacking[0]}'): fit(Mean(), [], TrainConfig(steps=1, tracker=lacking[0], precision='no'), 0, tmp_path, 'x')

@@ -434,7 +434,8 @@ def test_the_unified_objective_trains_from_shards(tmp_path):
     cfg = UnifiedConfig.from_dict(dict(condition=dict(queries=3, layers=1), alignment=dict(block=1, hidden=16), flow=dict(steps=3)))
     obj = UnifiedObjective(Unified(mllm, tok, mini_sana(text_dim=24, layers=2, heads=2, head_dim=16), cfg, dcae), StageConfig('joint'))
     c = two_tasks(tmp_path); assert {c.place(4 * m)[0] for m in range(4)} == {'caption', 'edit'}
-    h = fit(obj, c, TrainConfig(steps=4, batch_size=4, precision='no', log_every=1), 0, tmp_path/'run', 'x')
+    h = fit(obj, c, TrainConfig(steps=4, batch_size=4, precision='no', log_every=1, attention='sdpa'), 0, tmp_path/'run', 'x')
+    assert mllm.hf.config._attn_implementation == mllm.lm.config._attn_implementation == 'sdpa'      # it was eager, as on every CPU
     assert [set(r) >= {'L_fm', 'L_align'} for r in h.rows] == [True] * 4 and c.counts.total()['read'] >= 16
 
 RUN = '''
