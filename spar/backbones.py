@@ -11,7 +11,7 @@ __all__ = ['SPECIALS', 'INSTRUCTION_WORDS', 'CHAT_TEMPLATE', 'WORD', 'IMAGENET_M
            'load_features', 'cast', 'save_mllm', 'save_dcae', 'save_sana', 'save_lpips', 'random_bases']
 
 # %% ../nbs/04_backbones.ipynb #d1708505
-from .core import n_params, freeze, pick_device, read_json, write_json, atomic_path, seed_for
+from .core import n_params, freeze, pick_device, read_json, write_json, atomic_path, is_first, seed_for
 import re, copy, difflib
 from pathlib import Path
 from fastcore.basics import patch
@@ -515,11 +515,13 @@ def save_mllm(mllm: MLLM, path, dtype=torch.bfloat16):
         cast(mllm.hf, dtype).save_pretrained(tmp); mllm.tokenizer.save_pretrained(tmp)
 
 def save_dcae(dcae: DCAE, path, dtype=torch.bfloat16):
-    "Write config and weights."
+    "Write config and weights, in the first process alone."
+    if not is_first(): return
     with atomic_path(path) as tmp: cast(dcae.hf, dtype).save_pretrained(tmp)
 
 def save_sana(base: Text2Image, path, dtype=torch.bfloat16):
-    "Write diffusers' layout and the latent statistics."
+    "Write diffusers' layout and the latent statistics, in the first process alone."
+    if not is_first(): return
     with atomic_path(path) as tmp:
         cast(base.transformer, dtype).save_pretrained(tmp / 'transformer'); cast(base.text_encoder, dtype).save_pretrained(tmp / 'text_encoder')
         base.tokenizer.save_pretrained(tmp / 'tokenizer'); base.scheduler.save_pretrained(tmp / 'scheduler')

@@ -11,7 +11,7 @@ __all__ = ['LatentStats', 'TokenizerConfig', 'Encoded', 'Tokenizer', 'new_tokeni
 import copy, contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import Config, atomic_path, write_json, read_json, freeze, seed_for
+from .core import Config, atomic_path, is_first, write_json, read_json, freeze, seed_for
 from fastcore.basics import patch
 import torch
 from torch import nn
@@ -185,7 +185,8 @@ def from_dit(self: Tokenizer, x0):  # [B, D_p, h, h] -> the same shape
 def save_pretrained(self: Tokenizer,
     folder,  # replaced in one step
 ):
-    "Write config.json and model.safetensors."
+    "Write config.json and model.safetensors, in the first process alone."
+    if not is_first(): return
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         write_json(tmp/'config.json', self.cfg.to_dict())

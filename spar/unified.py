@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from safetensors.torch import save_file, load_file
-from .core import (Config, autocast, atomic_path, freeze, normal, one_of, read_json, seed_for, uniform, write_json)
+from .core import (Config, autocast, atomic_path, freeze, is_first, normal, one_of, read_json, seed_for, uniform, write_json)
 from diffusers import SanaTransformer2DModel
 from .backbones import MLLM, load_features
 from .tokenizer import Tokenizer
@@ -231,7 +231,8 @@ def save_pretrained(self: Unified,
     folder,                     # replaced in one step
     head: bool = True,          # keep φ_a (False for export)
 ):
-    "Write the trained parts."
+    "Write the trained parts, in the first process alone."
+    if not is_first(): return
     with atomic_path(folder) as tmp:
         tmp.mkdir(); write_json(tmp / 'config.json', self.cfg.to_dict())
         state = {k: v for k, v in self.own_state().items() if head or not k.startswith('alignment.')}
