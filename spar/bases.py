@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'edges', 'moments', 'DcaeConfig', 'DcaeObjective', 'tune', '
            'distance_ladder', 'promote', 'folder_size', 'gather']
 
 # %% ../nbs/18_bases.ipynb #2c271a46
-from .core import Config, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
+from .core import freeze, Config, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
 from .backbones import MLLM, DCAE, Text2Image, PerceptualMini, encode_text
 from .world import (scene, render, caption, colourless, questions, riddle, facts, pair, edit, crop, thing_text, groups, boxes, SIDE,
                         RIDDLE_KINDS, EDIT_KINDS, GLYPHS, COLOURS, TEXTURES)
