@@ -32,7 +32,7 @@ test: install    ## notebooks clean and in sync, nbdev_test, pytest
 	tests/check.sh
 
 release: test    ## the same, and every stage of the lock up to date
-	@stale=$$(dvc status -q || echo stale); [ -z "$$stale" ] || { echo 'The lock is not in sync: run `dvc repro` and commit.'; dvc status; exit 1; }
+	@stale=$$(dvc status -q dvc.yaml || echo stale); [ -z "$$stale" ] || { echo 'The lock is not in sync: run `dvc repro` and commit.'; dvc status dvc.yaml; exit 1; }
 	@test -z "$$(git status --porcelain)" || { echo 'Uncommitted changes.'; exit 1; }
 
 bases: install   ## train the miniature backbones again (hours on two cores)

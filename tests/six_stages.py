@@ -72,6 +72,7 @@ def close(d: dict) -> bool: return d['largest'] <= CLOSE and d['share'] <= SHARE
 def main(place: Path, base='smoke', stages=STAGES) -> dict:      # stage -> `difference`
     whole, broken = place/'uninterrupted', place/'killed'
     clone(whole)
+    if base != 'smoke' and not (ROOT/'data/bases/mllm').is_dir(): raise SystemExit('The backbones of the miniature are not here: `dvc pull data.dvc` fetches them.')
     if base != 'smoke': shutil.copytree(ROOT/'data/bases', whole/'data/bases', dirs_exist_ok=True)
     (whole/'configs/shards.yaml').write_text(yaml.safe_dump(profile(base)))
     for what in ('captions', 'edits'): print(said(run(['spar_data', 'pack', f'world:{what}', f'corpora/{what}', '--count', '48', '--per-shard', '8'], whole)).strip().splitlines()[-1])
