@@ -26,6 +26,6 @@ python -m pytest -q tests
 
 step "The pipeline's lock"
 if [ -f dvc.lock ]; then
-  stale=$(dvc status --json 2>/dev/null | python -c 'import json, sys; print(" ".join(sorted(k for k in json.load(sys.stdin) if not k.endswith(".dvc"))))')
+  stale=$(dvc status --json dvc.yaml 2>/dev/null | python -c 'import json, sys; print(" ".join(sorted(k for k in json.load(sys.stdin) if not k.endswith(".dvc"))))')
   [ -z "$stale" ] && echo "every stage is up to date" || echo "stale stages (dvc repro would run them): $stale"
 fi
