@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'edges', 'moments', 'DcaeConfig', 'DcaeObjective', 'tune', 'autoencoder_scores', 'set_scale', 'show_pairs',
            'pack', 'packed_mask', 'pad_rows', 'RowsConfig', 'plain', 'several_questions', 'cell_labels', 'ground_words',
-           'WordHead', 'CellHead', 'CellScenes', 'TowerObjective', 'cell_accuracy', 'MllmRows', 'MllmConfig',
-           'MllmObjective', 'question_accuracy', 'riddle_accuracy', 'pair_accuracy', 'majority_accuracy',
+           'WordHead', 'CellHead', 'CellScenes', 'TowerObjective', 'cell_accuracy', 'MllmRows', 'collate_rows',
+           'MllmConfig', 'MllmObjective', 'question_accuracy', 'riddle_accuracy', 'pair_accuracy', 'majority_accuracy',
            'LatentCaptions', 'cache_latents', 'cached', 'one_scale', 'SanaObjective', 'draw', 'flow_by_time',
            'show_drawings', 'scene_labels', 'Labelled', 'classifier', 'PerceptualObjective', 'label_scores',
            'distance_ladder', 'promote', 'folder_size', 'gather']
 
 # %% ../nbs/18_bases.ipynb #2c271a46
-from .core import freeze, Config, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
+from .core import Config, freeze, rng, autocast, uniform, normal, file_hash, atomic_path, read_json
 from .backbones import MLLM, DCAE, Text2Image, PerceptualMini, encode_text
 from .world import (scene, render, caption, colourless, questions, riddle, facts, pair, edit, crop, thing_text, groups, boxes, SIDE,
                         RIDDLE_KINDS, EDIT_KINDS, GLYPHS, COLOURS, TEXTURES)
@@ -281,11 +281,14 @@ class MllmRows:
         turns += [self.turn('describe the image .', caption(s, self.seed, k + i * 10 ** 9, self.split), 'caption') for i in range(c.captions)]
         row = ground_words(pack(self.prefix, turns, []), self.vocab, s, self.grid)
         return dict(image=as_image(render(s)), cells=cell_labels(s, self.grid), index=k, row=row, text=pack([], [], self.texts(s, k, qs, r)), kinds=[q.kind for q in qs])
-    @staticmethod
-    def collate(items: list) -> dict:
-        "Batch rows."
-        return dict(image=torch.stack([i['image'] for i in items]), cells=torch.stack([i['cells'] for i in items]), index=torch.tensor([i['index'] for i in items]),
-                    **pad_rows([i['row'] for i in items]), **{f'text_{k}': v for k, v in pad_rows([i['text'] for i in items]).items()}, kinds=[i['kinds'] for i in items])
+
+# %% ../nbs/18_bases.ipynb #ca9c4740
+def collate_rows(items: list) -> dict:
+    "Batch rows."
+    return dict(image=torch.stack([i['image'] for i in items]), cells=torch.stack([i['cells'] for i in items]), index=torch.tensor([i['index'] for i in items]),
+                **pad_rows([i['row'] for i in items]), **{f'text_{k}': v for k, v in pad_rows([i['text'] for i in items]).items()}, kinds=[i['kinds'] for i in items])
+
+MllmRows.collate = staticmethod(collate_rows)
 
 # %% ../nbs/18_bases.ipynb #41e1e645
 @dataclass
@@ -410,6 +413,7 @@ class LatentCaptions:
         cells = dict(cells=torch.stack([i['cells'] for i in items])) if 'cells' in items[0] else {}
         return dict(latent=torch.stack([i['latent'] for i in items]), text=[i['text'] for i in items], index=torch.tensor([i['index'] for i in items]), **cells)
 
+# %% ../nbs/18_bases.ipynb #75022113
 @torch.no_grad()
 def cache_latents(
     dcae: DCAE,

@@ -922,7 +922,7 @@ def nothing_ignored(parser, args):
 
 def need(args, *names: str):
     "Options that this benchmark cannot do without."
-    lacking = ['--' + n.replace('_', '-') for n in names if getattr(args, n) is None]
+    lacking = [option(n) for n in names if getattr(args, n) is None]
     if lacking: raise ValueError(f'{args.benchmark} needs {", ".join(lacking)}.')
 
 def the_judge(args):

@@ -170,7 +170,6 @@ class Order:
     "The sample indices of every micro-batch from step `start` on, made when they are asked for: a run of a hundred thousand steps has no list of them."
     def __init__(self, start: int, cfg: TrainConfig): self.start, self.cfg = start, cfg
     def __iter__(self): return (b for t in range(self.start, self.cfg.steps) for b in step_indices(t, self.cfg))
-    def __len__(self): return max(0, self.cfg.steps - self.start) * len(step_indices(0, self.cfg))
 
 def micro_batches(dataset, cfg: TrainConfig, start: int, rank: int = 0, world: int = 1):
     "Collated micro-batches from step `start` on; `dataset[k]` is a pure function of `k`."
@@ -266,7 +265,7 @@ def switched_off(objective: nn.Module):
     "The blocks as they were before `checkpointing` and `compile`."
     for b in repeated_blocks(objective): b.__dict__.pop('forward', None); b._compiled_call_impl = None
 
-# %% ../nbs/06_training.ipynb #10d4512f
+# %% ../nbs/06_training.ipynb #85199154
 def wrapped_blocks(plugin, objective: nn.Module):
     "FSDP2 spreads blocks by the names of their classes, and accelerate stops at one that a stage does not have: keep those that are there."
     there = {type(m).__name__ for m in objective.modules()}; asked = plugin.transformer_cls_names_to_wrap or []
@@ -274,6 +273,7 @@ def wrapped_blocks(plugin, objective: nn.Module):
     if asked and not plugin.transformer_cls_names_to_wrap:
         raise ValueError(f'FSDP2 is to spread {", ".join(asked)}, and this stage has none of them: it fits on one GPU, start it with configs/accelerate/ddp.yaml.')
 
+# %% ../nbs/06_training.ipynb #10d4512f
 class Run:
     "Everything that changes while `fit` runs: weights, moments, EMA, step, half-full log window."
     def __init__(self, objective: Objective, cfg: TrainConfig, folder, fingerprint: str, dataset=None):

@@ -1,4 +1,4 @@
-"""One optimiser step of each of the six stages of a profile of the paper's scale, on the CPU: random checkpoints at real width and cut depth, the stages' own notebooks, pictures from shards.
+"""One optimiser step of each of the six stages of a profile of the paper's scale, on the CPU: random checkpoints at real width and cut depth (the connector, too), the stages' own notebooks, pictures from shards.
 
     python tests/real_width.py spar-1b [--depth 6] [--place DIR]       some ten GB of disk; prints seconds and peak memory of every stage
 

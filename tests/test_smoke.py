@@ -133,7 +133,7 @@ def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_mod
 
 def test_the_control_learns_from_a_corpus_with_its_text_encoder_at_rest(smoke):
     smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text()); name = 'sana_tuned'
-    smoked[name] |= dict(out=f'artifacts/corpus/{name}', metrics=f'metrics/corpus/{name}.json', plots=f'plots/corpus/{name}', text_encoder=False,
+    smoked[name] |= dict(out=f'artifacts/corpus/{name}', metrics=f'metrics/corpus/{name}.json', plots=f'plots/corpus/{name}', train_text_encoder=False,
                          source=dict(side=64, sources=dict(captions=dict(path='corpora/captions', task='caption'))))
     (smoke/'configs/corpus.yaml').write_text(yaml.safe_dump(smoked))
     for cmd in (['spar_data', 'pack', 'world:captions', 'corpora/captions', '--count', '24', '--per-shard', '8'], ['spar_stage', name, '--profile', 'corpus']):
