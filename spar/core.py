@@ -7,10 +7,21 @@ __all__ = ['guard_torchvision', 'unknown_key', 'one_of', 'Config', 'seed_for', '
            'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'atomic_path', 'write_json', 'save_figure',
            'read_json', 'file_hash', 'provenance', 'to_unit', 'to_uint8', 'n_params', 'freeze']
 
-# %% ../nbs/01_core.ipynb #da28e035
-import os, json, math, shutil, time, hashlib, difflib, platform, subprocess, contextlib, dataclasses, typing, types, importlib.util
+# %% ../nbs/01_core.ipynb #ea2b53df
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import typing
+from dataclasses import fields
 from pathlib import Path
-from dataclasses import dataclass, field, fields, is_dataclass
 import numpy as np
 import torch
 
@@ -31,14 +42,13 @@ def guard_torchvision() -> bool:
     for op in ('nms', 'qnms'): lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
     _torchvision_schemas = lib
     return True
-
 guard_torchvision();
 
 # %% ../nbs/01_core.ipynb #5521cf75
 def unknown_key(
-    key,              # what was given
-    allowed,          # what would have been accepted
-    where: str,       # the name of the thing that was configured
+    key,  # what was given
+    allowed,  # what would have been accepted
+    where: str,  # the name of the thing that was configured
 ) -> ValueError:
     "The error for a name that is not in the allowed set: it names the value, the nearest name and the set."
     near = difflib.get_close_matches(str(key), [str(a) for a in allowed], n=1)
@@ -65,7 +75,8 @@ class Config:
             kind = hints[key]
             if isinstance(kind, type) and issubclass(kind, Config): given[key] = kind.from_dict(value)
             elif kind is tuple or typing.get_origin(kind) is tuple: given[key] = tuple(value)
-            elif kind is float and isinstance(value, (int, str)) and not isinstance(value, bool): given[key] = float(value)
+            elif kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+                given[key] = float(value)
             elif kind in (int, bool, str) and not isinstance(value, kind):
                 raise ValueError(f'{cls.__name__}.{key}: expected {kind.__name__}, got {value!r}.')
         return cls(**given)
@@ -76,10 +87,10 @@ class Config:
 
 # %% ../nbs/01_core.ipynb #160d20ca
 def seed_for(
-    seed: int,        # the run's seed
-    purpose: str,     # what the number is for: 'scene', 'noise', 'sigma', ...
-    index: int = 0,   # which sample
-) -> int:             # 63 bits
+    seed: int,  # the run's seed
+    purpose: str,  # what the number is for: 'scene', 'noise', 'sigma', ...
+    index: int = 0,  # which sample
+) -> int:  # 63 bits
     "A seed that depends on all three coordinates and on nothing else."
     text = f'{int(seed)}/{purpose}/{int(index)}'.encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), 'little') >> 1
@@ -95,14 +106,15 @@ def _per_sample(draw, shape, seed, purpose, indices):
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
 
 def normal(
-    shape,               # shape of one sample
+    shape,  # shape of one sample
     seed: int,
     purpose: str,
-    indices,             # B sample indices (a LongTensor or a list)
-) -> torch.Tensor:       # [B, *shape]
+    indices,  # B sample indices (a LongTensor or a list)
+) -> torch.Tensor:  # [B, *shape]
     "Standard normal noise, one independent draw a sample."
     return _per_sample(lambda g, s: g.standard_normal(s), shape, seed, purpose, indices)
 
+# %% ../nbs/01_core.ipynb #0c246a49
 def uniform(shape, seed: int, purpose: str, indices) -> torch.Tensor:
     "Uniform numbers in [0, 1), one independent draw a sample; `shape=()` gives `[B]`."
     return _per_sample(lambda g, s: g.random(s), shape, seed, purpose, indices)
@@ -117,8 +129,13 @@ def pick_device() -> torch.device:
 def has_fast_bf16(device: torch.device) -> bool:
     "Does this device multiply bf16 in hardware? On x86 CPUs: AVX512-BF16 or AMX."
     if device.type == 'cuda': return torch.cuda.is_bf16_supported()
-    return device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64') and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        device.type == 'cpu'
+        and platform.machine() in ('x86_64', 'AMD64')
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
+# %% ../nbs/01_core.ipynb #1b726f6c
 def pick_precision(name: str = 'auto', device: torch.device | None = None) -> str:
     "'auto', 'bf16' or 'no' -> what accelerate calls mixed_precision: 'bf16' or 'no'."
     one_of(name, ('auto', 'bf16', 'no'), 'precision')
@@ -131,24 +148,33 @@ def autocast(device: torch.device, precision: str = 'auto'):
 # %% ../nbs/01_core.ipynb #22644e68
 def is_first() -> bool:
     "Is this process the one that writes? By the variables that `accelerate launch` sets."
-    return int(os.environ.get('RANK', 0)) == 0 or int(os.environ.get('WORLD_SIZE', 1)) == 1
+    return (
+        int(os.environ.get('RANK', 0)) == 0
+        or int(os.environ.get('WORLD_SIZE', 1)) == 1
+    )
 
+# %% ../nbs/01_core.ipynb #f1d1ba7c
 @contextlib.contextmanager
 def atomic_path(path):
     "Yield a temporary sibling of `path` (write a file or make a folder there); rename it into place on success, remove it on failure and in all processes but the first."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.{os.environ.get("RANK", 0)}.tmp')
     remove = lambda p: shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink(missing_ok=True)
     remove(tmp)
     try:
         yield tmp
         if not is_first(): return
-        if tmp.is_dir() and path.exists():       # a folder cannot replace a folder in one step: move the old one aside first
-            old = path.with_name(f'.{path.name}.{os.getpid()}.old'); remove(old)
-            path.rename(old); tmp.rename(path); remove(old)
+        if tmp.is_dir() and path.exists():  # a folder cannot replace a folder in one step: move the old one aside first
+            old = path.with_name(f'.{path.name}.{os.getpid()}.old')
+            remove(old)
+            path.rename(old)
+            tmp.rename(path)
+            remove(old)
         else: tmp.replace(path)
     finally: remove(tmp)
 
+# %% ../nbs/01_core.ipynb #20cd0b54
 def write_json(path, obj):
     "Sorted keys, one value a line, no NaN: two equal results are equal bytes."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + '\n')
@@ -157,12 +183,15 @@ def save_figure(fig, path, **options):
     "A figure of matplotlib as PNG; `options` of `savefig`."
     with atomic_path(path) as tmp: fig.savefig(tmp, format='png', **options)
 
+# %% ../nbs/01_core.ipynb #61b7b1ee
 def read_json(path):
     "The JSON at `path`; a missing or damaged file is an error that names it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is missing. It is written by an earlier stage: run `dvc repro`.')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing. It is written by an earlier stage: run `dvc repro`.')
     try: return json.loads(path.read_text())
-    except json.JSONDecodeError as e: raise ValueError(f'{path} is damaged ({e}). Delete it and run `dvc repro`.') from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{path} is damaged ({e}). Delete it and run `dvc repro`.') from e
 
 # %% ../nbs/01_core.ipynb #c3b06a44
 def file_hash(path) -> str:
@@ -176,15 +205,26 @@ def file_hash(path) -> str:
             while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
 
+# %% ../nbs/01_core.ipynb #3222b055
 def provenance() -> dict:
     "Device, versions and commit of this run; volatile, so kept apart from results."
     import importlib.metadata as md
     dev = pick_device()
-    name = torch.cuda.get_device_name() if dev.type == 'cuda' else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    name = (
+        torch.cuda.get_device_name()
+        if dev.type == 'cuda'
+        else f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    )
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True)
     versions = {p: md.version(p) for p in ('torch', 'transformers', 'diffusers', 'accelerate')}
-    return dict(device=name, precision=pick_precision(), python=platform.python_version(), versions=versions,
-                commit=git.stdout.strip() if git.returncode == 0 else None, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    return dict(
+        device=name,
+        precision=pick_precision(),
+        python=platform.python_version(),
+        versions=versions,
+        commit=git.stdout.strip() if git.returncode == 0 else None,
+        time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    )
 
 # %% ../nbs/01_core.ipynb #aa303f20
 def to_unit(img: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,15 @@
 """The trained model outside the repository: a Python that cannot import `spar` answers from the exported InternVL folder as `SparPipeline.answer` does, and the exported pipeline draws and edits the same pixels.
 
-    python tests/exported.py [--model artifacts/pipeline] [--scenes 8]      after `make repro`; the same on a small random model is in tests/test_export.py"""
+    python tests/exported.py [--model artifacts/mini/pipeline] [--scenes 8]      after `make repro`; the same on a small random model is in tests/test_export.py"""
 import argparse, sys, tempfile
 from pathlib import Path
 import numpy as np
 from PIL import Image
 import test_export as T
-from spar.export import export
+from spar.scale.export import export
 from spar.pipeline import SparPipeline
-from spar.world import questions, render, scene
+from spar.world.questions import questions
+from spar.world.scenes import render, scene
 
 def main(model: str, scenes: int, place: Path) -> bool:
     pipe = SparPipeline.from_pretrained(model); folder, again = export(pipe, 'internvl', place/'internvl'), SparPipeline.from_pretrained(export(pipe, 'pipeline', place/'pipeline'))
@@ -24,5 +25,5 @@ def main(model: str, scenes: int, place: Path) -> bool:
     return same == asked and most < 1e-3 and all(alike)
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0]); p.add_argument('--model', default='artifacts/pipeline'); p.add_argument('--scenes', type=int, default=8); a = p.parse_args()
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0]); p.add_argument('--model', default='artifacts/mini/pipeline'); p.add_argument('--scenes', type=int, default=8); a = p.parse_args()
     with tempfile.TemporaryDirectory() as d: sys.exit(not main(a.model, a.scenes, Path(d)))

@@ -7,12 +7,18 @@ import torch, yaml
 from PIL import Image
 from conftest import ROOT
 from tiny import tiny_pipeline
-from spar import baselines as B, benchmarks as M, protocols as P
-from spar.backbones import load_dcae, load_features, load_lpips, load_mllm, random_bases
-from spar.data import SceneImages
-from spar.judges import Judge, JudgeConfig
-from spar.pipeline import SparPipeline, to_pil
-from spar.world import vocabulary
+from spar.scale.baselines import table as B
+from spar.evaluation import reconstruction as M
+from spar.scale.benchmarks import run as P
+from spar.backbones.dcae import load_dcae
+from spar.backbones.perceptual import load_features, load_lpips
+from spar.backbones.mllm import load_mllm
+from spar.mini.random import random_bases
+from spar.world.datasets import SceneImages
+from spar.mini.judge import Judge, JudgeConfig
+from spar.pipeline import SparPipeline
+from spar.images import to_pil
+from spar.world.prompts import vocabulary
 from test_protocols import GRADES, files, server        # the endpoint that answers like a judge
 
 CPU = torch.device('cpu')

@@ -3,7 +3,8 @@ import ast, json, re
 from pathlib import Path
 import pytest, yaml
 from conftest import ROOT
-from spar import runner, stages
+from spar.running import runner
+from spar.training import stage as stages
 
 PROFILES = ('mini', 'smoke', 'spar-1b', 'spar-3b')
 STAGES = sorted(p.stem for p in (ROOT/'nbs/stages').glob('*.ipynb'))

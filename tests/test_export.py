@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_pipeline
-from spar import export as E, protocols as P
+from spar.scale import export as E
+from spar.scale.benchmarks import run as P
 from spar.pipeline import SparPipeline
 
 WORDS = ['a red star left of blue heart what colour is this ? number consistency realism']

@@ -3,8 +3,12 @@ import json, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from spar import models, runner, stages
-from spar.backbones import load_dcae, load_mllm, load_sana
+from spar.scale.models import parts as models
+from spar.running import runner
+from spar.training import stage as stages
+from spar.backbones.dcae import load_dcae
+from spar.backbones.mllm import load_mllm
+from spar.backbones.sana import load_sana
 from conftest import ROOT
 
 PROFILES = ('spar-1b', 'spar-3b')

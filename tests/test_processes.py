@@ -61,9 +61,9 @@ def start(cmd, cwd=ROOT, env=ENV):
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     "Random backbones, shards of both tasks, the program, and what one process makes of them."
-    from spar.backbones import random_bases
-    from spar.shards import world_samples, write_shards
-    from spar.world import vocabulary
+    from spar.mini.random import random_bases
+    from spar.scale.data.check import world_samples, write_shards
+    from spar.world.prompts import vocabulary
     base = tmp_path_factory.mktemp('base'); random_bases(base, vocabulary())
     for name in ('captions', 'edits'): write_shards(world_samples(name, count=24), base/name, 8)
     (base/'program.py').write_text(PROGRAM)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from conftest import ROOT
-from spar import protocols as P
+from spar.scale.benchmarks import run as P
 
 GRADES = dict(wise='Consistency: 2\nRealism: 1\nAesthetic Quality: 0', imgedit='Compliance: 4\nNaturalness: 3\nDetail: 2')
 SYSTEM, SAMPLING = dict(name='painter', sha256='0'), dict(steps=2, guidance=1., seed=0)

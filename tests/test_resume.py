@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from conftest import ROOT
-from spar.training import Objective, TrainConfig, fit
+from spar.training.objective import Objective, TrainConfig
+from spar.training.loop import fit
 
 TOY = '''
 import sys, time, torch, hashlib

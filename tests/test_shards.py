@@ -8,11 +8,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 from conftest import ROOT
-from spar import shards as S
+from spar.scale.data import corpus as S
 from spar.core import to_uint8
-from spar.data import Edits, PhotoCrops, SceneCaptions, SceneImages
-from spar.runner import resolved
-from spar.training import Objective, TrainConfig, fit, micro_batches
+from spar.world.tasks import Edits, SceneCaptions
+from spar.world.datasets import PhotoCrops, SceneImages
+from spar.running.profiles import resolved
+from spar.training.objective import Objective, TrainConfig
+from spar.training.loop import fit
+from spar.training.order import micro_batches
 
 
 def jpg(colour=(200, 30, 30), size=(48, 40)):
@@ -422,11 +425,14 @@ def test_the_command_is_installed_and_teaches(capsys):
 # ---- the real objective, real processes ------------------------------------------------------------------------------
 
 def test_the_unified_objective_trains_from_shards(tmp_path):
-    from spar.backbones import DCAE, MLLM, mini_dcae, mini_mllm, mini_sana
+    from spar.backbones.dcae import DCAE, mini_dcae
+    from spar.backbones.mllm import mini_mllm, MLLM
+    from spar.backbones.sana import mini_sana
     from spar.core import freeze
-    from spar.tokenizer import new_tokenizer
-    from spar.unified import StageConfig, Unified, UnifiedConfig, UnifiedObjective
-    from spar.world import vocabulary
+    from spar.tokenizer.model import new_tokenizer
+    from spar.unified.training import StageConfig, UnifiedObjective
+    from spar.unified.model import Unified, UnifiedConfig
+    from spar.world.prompts import vocabulary
     torch.manual_seed(0)
     mllm = MLLM(*mini_mllm([' '.join(vocabulary())], dim=32, layers=4, heads=4, ffn=64, vision_dim=32, vision_layers=1))
     dcae = freeze(DCAE(mini_dcae(channels=(16, 16, 32, 32), enc_layers=(0, 1, 1, 1), dec_layers=(0, 1, 1, 1))))

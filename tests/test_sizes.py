@@ -1,8 +1,8 @@
 """Parameter counts of the full-size modules, without their memory."""
 import torch
 from spar.core import n_params
-from spar.routing import Routing, RoutingConfig
-from spar.streams import DualStream, StreamsConfig
+from spar.unified.routing import Routing, RoutingConfig
+from spar.tokenizer.streams import DualStream, StreamsConfig
 
 def millions(module, digits): return round(n_params(module) / 1e6, digits)
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from conftest import ROOT, clone, run
 from spar import cli
 from spar.core import file_hash
-from spar.pipeline import SparPipeline, read_image
+from spar.pipeline import SparPipeline
+from spar.images import read_image
 
 pytestmark = pytest.mark.smoke
 CPU_SECONDS = 6 * 60      # of one core: on two the pipeline takes no longer than this

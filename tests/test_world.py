@@ -1,7 +1,8 @@
 """Splits are disjoint, samples depend on (seed, split, index) and on nothing else."""
 import numpy as np
 import pytest, torch
-from spar import data, world
+from spar.world import datasets as data
+from spar.world import scenes as world
 from spar.core import seed_for
 
 N = 400

@@ -1,10 +1,12 @@
 """A whole pipeline of the real classes, small and random."""
 import torch
 from spar.core import freeze
-from spar.backbones import DCAE, MLLM, mini_dcae, mini_mllm, mini_sana
+from spar.backbones.dcae import DCAE, mini_dcae
+from spar.backbones.mllm import mini_mllm, MLLM
+from spar.backbones.sana import mini_sana
 from spar.pipeline import SparPipeline
-from spar.tokenizer import new_tokenizer
-from spar.unified import Unified, UnifiedConfig
+from spar.tokenizer.model import new_tokenizer
+from spar.unified.model import Unified, UnifiedConfig
 
 
 def tiny_pipeline(words: list) -> SparPipeline:
