@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['guard_torchvision', 'unknown_key', 'one_of', 'Config', 'seed_for', 'rng', 'normal', 'uniform', 'pick_device',
-           'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'atomic_path', 'write_json', 'save_figure',
-           'read_json', 'file_hash', 'provenance', 'to_unit', 'to_uint8', 'n_params', 'freeze']
+           'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'atomic_path', 'write_json', 'read_json',
+           'file_hash', 'provenance', 'to_unit', 'to_uint8', 'n_params', 'freeze']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
 import contextlib
@@ -178,10 +178,6 @@ def atomic_path(path):
 def write_json(path, obj):
     "Sorted keys, one value a line, no NaN: two equal results are equal bytes."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + '\n')
-
-def save_figure(fig, path, **options):
-    "A figure of matplotlib as PNG; `options` of `savefig`."
-    with atomic_path(path) as tmp: fig.savefig(tmp, format='png', **options)
 
 # %% ../nbs/01_core.ipynb #61b7b1ee
 def read_json(path):

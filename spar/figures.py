@@ -213,17 +213,19 @@ def curves(
 # %% ../nbs/using/figures.ipynb #97e53d63
 def as_png(
     fig,  # a matplotlib figure, or the path of a PNG
+    **options,  # of `savefig`
 ) -> bytes:
     "The bytes of a picture; two equal figures give equal bytes."
     if isinstance(fig, (str, Path)): return Path(fig).read_bytes()
     buffer = io.BytesIO()
-    fig.savefig(buffer, format='png', metadata={'Software': None})
+    fig.savefig(buffer, format='png', metadata={'Software': None}, **options)
     plt.close(fig)
     return buffer.getvalue()
 
 def save_figure(
     fig,  # a matplotlib figure
     path,  # of the PNG; its folder is made
+    **options,  # of `savefig`, e.g. dpi
 ):
-    "Write a picture, whole or not at all."
-    with atomic_path(path) as tmp: tmp.write_bytes(as_png(fig))
+    "Write a picture, whole or not at all; two equal figures give equal bytes."
+    with atomic_path(path) as tmp: tmp.write_bytes(as_png(fig, **options))

@@ -103,7 +103,8 @@ def test_killed_on_two_continues_on(base, killed, who):
 CELLS = [('ill = False\nout = "artifacts/line"\ntrain = {"steps": 4, "batch_size": 4, "precision": "no"}', ['parameters']), ('''
 import accelerate, os, torch
 from pathlib import Path
-from spar.core import atomic_path, read_json, save_figure, write_json
+from spar.core import atomic_path, read_json, write_json
+from spar.figures import save_figure
 from spar.stages import Stage
 from spar.training import Objective, TrainConfig, fit
 class Line(Objective):
