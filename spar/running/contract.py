@@ -8,7 +8,7 @@ __all__ = ['stage_of', 'covers', 'compared', 'check_deps']
 # %% ../../nbs/running/contract.ipynb #4e5180e5
 from pathlib import Path
 from .profiles import notebook_of, yaml_file
-from ..training.stage import import_closure
+from ..training.notebook import import_closure
 
 # %% ../../nbs/running/contract.ipynb #cc475992
 def stage_of(entry: dict) -> str | None:
