@@ -8,8 +8,8 @@ __all__ = ['reconstruction_mini']
 # %% ../../nbs/evaluation/reconstruction.ipynb #451d9599
 import torch
 from torch import Tensor
-from .common import in_batches
 from .metrics import compare, features, fid, summary
+from .systems import in_batches
 
 # %% ../../nbs/evaluation/reconstruction.ipynb #7f9a9cac
 @torch.no_grad()
