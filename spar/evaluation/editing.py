@@ -37,8 +37,9 @@ def _same(
 ) -> list:
     "Detections with a glyph's name, its colour where pictures have colours and, if asked, its orientation; wherever."
     g, coloured = s.glyphs[k], s.style not in ('inverted', 'grey')
-    named = [d for d in found if d.object == g.name and (d.colour == g.colour or not coloured)]
-    return [d for d in named if d.turn == g.turn or not turned]
+    found = [d for d in found if d.object == g.name]
+    if coloured: found = [d for d in found if d.colour == g.colour]
+    return [d for d in found if d.turn == g.turn or not turned]
 
 # %% ../../nbs/evaluation/editing.ipynb #60a9747c
 _NEAR = 10.  # pixels from its place at which a thing still counts as standing there
@@ -62,19 +63,22 @@ def _remains(
     old = e.source.glyphs[k]
     new = [j for j, g in enumerate(e.target.glyphs) if (g.name, g.colour) == (old.name, old.colour)]
     limit = lambda d: min([_NEAR] + [_distance(d, e.target, j) for j in new])
-    return any(_distance(d, e.source, k) < limit(d) for d in _same(found, e.source, k))
+    at_old = lambda d: _distance(d, e.source, k) < limit(d)
+    return any(map(at_old, _same(found, e.source, k)))
 
 # %% ../../nbs/evaluation/editing.ipynb #1746dd7e
 def _all_there(e, found: list) -> bool:
     "Is every thing of the target seen at its place?"
-    turned = e.kind == 'action'
-    at_its_place = lambda k: any(_distance(d, e.target, k) <= _NEAR for d in _same(found, e.target, k, turned))
-    return all(at_its_place(k) for k in range(len(e.target.glyphs)))
+    t, turned = e.target, e.kind == 'action'
+    def at_its_place(k): return any(_distance(d, t, k) <= _NEAR for d in _same(found, t, k, turned))
+    return all(map(at_its_place, range(len(t.glyphs))))
 
 def _ground_done(e, ground) -> bool:
     "Has the background become the target's, in what was to change?"
     s, t = e.source.background, e.target.background
-    return s == t or ground.colour == t.colour and (s.colour != t.colour or ground.texture == t.texture)
+    if s == t: return True
+    if ground.colour != t.colour: return False
+    return s.colour != t.colour or ground.texture == t.texture
 
 # %% ../../nbs/evaluation/editing.ipynb #f75cb9ce
 def _done(
@@ -88,9 +92,11 @@ def _done(
     s, t = e.source, e.target
     if not _all_there(e, found): return False
     if s.style != t.style:
-        return bool((result - as_image(render(t))).abs().mean() < (result - source).abs().mean())
-    gone = not any(_remains(found, e, k) for k, g in enumerate(s.glyphs) if g not in t.glyphs)
-    return gone and _ground_done(e, ground)
+        error = lambda other: (result - other).abs().mean()
+        return bool(error(as_image(render(t))) < error(source))
+    gone = [k for k, g in enumerate(s.glyphs) if g not in t.glyphs]
+    if any(_remains(found, e, k) for k in gone): return False
+    return _ground_done(e, ground)
 
 # %% ../../nbs/evaluation/editing.ipynb #edc08d5a
 _FAR = .25  # mean absolute error, of a range of 1, at which two pictures count as unrelated
@@ -102,7 +108,8 @@ def _agreement(
 ) -> float:  # 0..1
     "1 for equal pixels, 0 at an error of `_FAR` and beyond."
     error = (to_8bit(a) - to_8bit(b)).abs()
-    return max(0.0, 1 - float((error if where is None else error[:, where]).mean()) / _FAR)
+    if where is not None: error = error[:, where]
+    return max(0.0, 1 - float(error.mean()) / _FAR)
 
 # %% ../../nbs/evaluation/editing.ipynb #8cda86aa
 def _preserved(
@@ -126,7 +133,8 @@ class Edited:
 # %% ../../nbs/evaluation/editing.ipynb #d9febf18
 def _results(editor, x: Tensor, texts: list, batch_size: int, start: int) -> Tensor:
     "What the editor makes of the sources, in their size."
-    batch = lambda a, b: editor(x[a:b], texts[a:b], list(range(start + a, start + b))).float().cpu()
+    numbers = range(start, start + len(texts))
+    batch = lambda a, b: editor(x[a:b], texts[a:b], list(numbers[a:b])).float().cpu()
     out = in_batches(batch, len(texts), batch_size)
     if out.shape == x.shape: return out
     return torch.nn.functional.interpolate(out, size=x.shape[-2:], mode='bicubic', antialias=True)
@@ -146,8 +154,9 @@ def run_edits(
     for e, a, b, found, ground in zip(es, x, out, *judge.look(out)):
         k, d = _preserved(e, a, b), float(_done(e, found, ground, a, b))
         did[e.kind].append(d)
-        scores[e.kind].append(d * (_agreement(as_image(render(e.target)), b) if k is None else k))
         if k is not None: kept.append(k)
+        else: k = _agreement(as_image(render(e.target)), b)
+        scores[e.kind].append(d * k)
     return Edited(dict(scores), kept, dict(did), out)
 
 # %% ../../nbs/evaluation/editing.ipynb #6f981a7b

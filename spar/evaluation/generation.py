@@ -44,7 +44,8 @@ def _detections_of(
     found: list,  # detections of one picture
 ) -> list:  # the surest first
     "Those detections that are this expected object."
-    return [d for d in found if d.object == item['object'] and item['colour'] in (None, d.colour)]
+    named = [d for d in found if d.object == item['object']]
+    return [d for d in named if item['colour'] in (None, d.colour)]
 
 # %% ../../nbs/evaluation/generation.ipynb #e7fcbe07
 _DIRECTIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}  # axis, sign
@@ -56,7 +57,8 @@ def _lies(
     margin: float = 0.1,  # of the summed sizes, taken off the offset
 ) -> bool:
     "Does a lie in this direction of b?"
-    offset, size = np.array([a.x - b.x, a.y - b.y]), np.array([a.w + b.w, a.h + b.h])
+    offset = np.array([a.x - b.x, a.y - b.y])
+    size = np.array([a.w + b.w, a.h + b.h])
     moved = np.maximum(np.abs(offset) - margin * size, 0) * np.sign(offset)
     axis, sign = _DIRECTIONS[one_of(relation, _DIRECTIONS, 'relation')]
     return bool(sign * moved[axis] > .5 * np.linalg.norm(moved))
@@ -69,8 +71,10 @@ def passes(
     "Does this picture show what was asked for?"
     hits = [_detections_of(item, found) for item in expect['objects']]
     for h, item in zip(hits, expect['objects']):
-        if len(h) < item['count'] or len(h) > item['count'] > 1: return False
-    return not expect.get('relation') or _lies(hits[0][0], hits[1][0], expect['relation'])
+        n, count = len(h), item['count']
+        if n < count or n > count > 1: return False
+    if not expect.get('relation'): return True
+    return _lies(hits[0][0], hits[1][0], expect['relation'])
 
 # %% ../../nbs/evaluation/generation.ipynb #fa5a5183
 def _layouts(relation: str | None) -> list:
@@ -117,7 +121,8 @@ def crossed(
     out = defaultdict(list)
     for i, p in enumerate(prompts):
         others = found[:i] + found[i + 1:]
-        out[p.task].append(float(np.mean([passes(p.expect, f) for f in others])))
+        right = [passes(p.expect, f) for f in others]
+        out[p.task].append(float(np.mean(right)))
     return dict(out)
 
 # %% ../../nbs/evaluation/generation.ipynb #e3bbcfcc
@@ -140,11 +145,13 @@ def run_prompts(
     "Draw `images` pictures for every prompt and have them judged."
     order = [p for p in prompts for _ in range(images)]
     texts = [p.text for p in order]
-    batch = lambda a, b: draw(texts[a:b], list(range(start + a, start + b))).float().cpu()
+    numbers = range(start, start + len(texts))
+    batch = lambda a, b: draw(texts[a:b], list(numbers[a:b])).float().cpu()
     pictures = in_batches(batch, len(texts), batch_size)
     found, scores = judge.detect(pictures), defaultdict(list)
-    good = np.array([passes(p.expect, f) for p, f in zip(order, found)], float)
-    for p, v in zip(prompts, good.reshape(len(prompts), images).mean(1)): scores[p.task].append(float(v))
+    right = [passes(p.expect, f) for p, f in zip(order, found)]
+    means = np.array(right, float).reshape(len(prompts), images).mean(1)
+    for p, v in zip(prompts, means): scores[p.task].append(float(v))
     return Drawn(dict(scores), pictures.unflatten(0, (len(prompts), images)), found)
 
 # %% ../../nbs/evaluation/generation.ipynb #c21df287

@@ -44,7 +44,8 @@ def _window(
         )
     at = torch.arange(-reach, reach + 1, dtype=torch.float64)
     g = torch.exp(-(at / sigma).square() / 2)
-    mirrored = F.pad(torch.eye(n, dtype=torch.float64)[None], (reach, reach), mode='reflect')[0]
+    eye = torch.eye(n, dtype=torch.float64)[None]
+    mirrored = F.pad(eye, (reach, reach), mode='reflect')[0]
     return (mirrored.unfold(1, 2 * reach + 1, 1) @ (g / g.sum())).T
 
 # %% ../../nbs/evaluation/metrics.ipynb #ce7334d7
@@ -54,9 +55,10 @@ def _local_moments(
 ) -> tuple:  # means of both, sum of their variances, covariance; each `[B, 3, H, W]`
     "Statistics of two pictures under the window at every pixel."
     G_H, G_W = (_window(n).to(a.device) for n in a.shape[-2:])
-    m_a, m_b, aa, bb, ab = G_H @ torch.stack([a, b, a * a, b * b, a * b]) @ G_W.T
-    var = (aa - m_a * m_a).clamp(min=0) + (bb - m_b * m_b).clamp(min=0)
-    return m_a, m_b, var, ab - m_a * m_b
+    products = torch.stack([a, b, a * a, b * b, a * b])
+    m_a, m_b, aa, bb, ab = G_H @ products @ G_W.T
+    var_a, var_b = (aa - m_a * m_a).clamp(min=0), (bb - m_b * m_b).clamp(min=0)
+    return m_a, m_b, var_a + var_b, ab - m_a * m_b
 
 def ssims(
     a: Tensor,  # pictures `[B, 3, H, W]` in [0, 1]
@@ -67,7 +69,8 @@ def ssims(
     m_a, m_b, var, cov = _local_moments(a.double(), b.double())
     def mean_ssim(c1, c2):
         similar = (2 * m_a * m_b + c1) * (2 * cov + c2)
-        return (similar / ((m_a * m_a + m_b * m_b + c1) * (var + c2))).flatten(1).mean(1)
+        size = (m_a * m_a + m_b * m_b + c1) * (var + c2)
+        return (similar / size).flatten(1).mean(1)
     return [mean_ssim((.01 * r) ** 2, (.03 * r) ** 2) for r in data_ranges]
 
 # %% ../../nbs/evaluation/metrics.ipynb #6c0f7d91
@@ -95,7 +98,8 @@ def compare(
     one, two = ssims(a, b)
     out = dict(psnr=psnr(a, b), ssim=one, ssim_range2=two)
     if lpips is not None:
-        out[getattr(lpips, 'name', 'lpips')] = lpips(a * 2 - 1, b * 2 - 1).reshape(len(a))
+        column = getattr(lpips, 'name', 'lpips')
+        out[column] = lpips(a * 2 - 1, b * 2 - 1).reshape(len(a))
     return {k: v.double().cpu() for k, v in out.items()}
 
 # %% ../../nbs/evaluation/metrics.ipynb #fab1922a
@@ -117,7 +121,8 @@ def fid(
     a, b = a.double().cpu(), b.double().cpu()
     R1, R2 = _root(a), _root(b)
     cross = torch.linalg.svdvals(R1 @ R2.T).sum()
-    d = (a.mean(0) - b.mean(0)).square().sum() + R1.square().sum() + R2.square().sum() - 2 * cross
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    d = apart + R1.square().sum() + R2.square().sum() - 2 * cross
     return max(d.item(), 0.)
 
 # %% ../../nbs/evaluation/metrics.ipynb #2cfa087e
@@ -128,7 +133,8 @@ def features(
     batch_size: int = 4,  # changes the speed only; few pictures at a time stay in a CPU's cache
 ) -> Tensor:  # `[n, d]` fp32
     "Features of many pictures, rounded to 8 bit first."
-    return torch.cat([net(to_8bit(x) * 2 - 1).float().cpu() for x in images.split(batch_size)])
+    saved = [to_8bit(x) * 2 - 1 for x in images.split(batch_size)]
+    return torch.cat([net(x).float().cpu() for x in saved])
 
 # %% ../../nbs/evaluation/metrics.ipynb #1f66737e
 def bootstrap(
@@ -150,7 +156,8 @@ def bootstrap_tasks(
     weights: dict = None,  # task -> weight of its mean, default equal
 ) -> list[float]:  # [low, high]
     "Interval of the weighted mean of the task means, prompts drawn within their task."
-    total, weights = np.zeros(repeats), weights or {k: 1 / len(tasks) for k in tasks}
+    weights = weights or {k: 1 / len(tasks) for k in tasks}
+    total = np.zeros(repeats)
     for k, v in tasks.items():
         v = np.asarray(v, dtype=np.float64)
         drawn = rng(seed, f'bootstrap {k}').integers(len(v), size=(repeats, len(v)))

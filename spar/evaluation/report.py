@@ -83,8 +83,10 @@ def _table_html(
     text: str,  # a Markdown table
 ) -> str:
     "A Markdown table as HTML."
-    head, _, *body = [[html.escape(c.strip()) for c in line.strip('|').split('|')] for line in text.splitlines()]
-    return '<table>' + _html_row(head, 'th') + ''.join(_html_row(r, 'td') for r in body) + '</table>'
+    rows = [html.escape(line).strip('|').split('|') for line in text.splitlines()]
+    head, _, *body = [[cell.strip() for cell in row] for row in rows]
+    rows = [_html_row(head, 'th')] + [_html_row(row, 'td') for row in body]
+    return '<table>' + ''.join(rows) + '</table>'
 
 # %% ../../nbs/evaluation/report.ipynb #e5e26c14
 _STYLE = (

@@ -20,7 +20,8 @@ def in_batches(
 ) -> Tensor | list:
     "Call `fn` on consecutive ranges and join what it returns."
     parts = [fn(at, min(n, at + batch_size)) for at in range(0, n, batch_size)]
-    return torch.cat(parts) if torch.is_tensor(parts[0]) else [x for p in parts for x in p]
+    if torch.is_tensor(parts[0]): return torch.cat(parts)
+    return [x for p in parts for x in p]
 
 # %% ../../nbs/evaluation/systems.ipynb #e532bb57
 def renders(
@@ -38,5 +39,6 @@ def in_precision(
     "The same callable under autocast, with fp32 pictures on the CPU as its result."
     @torch.no_grad()
     def run(*args):
-        with autocast(device, precision): return fn(*args).float().clamp(-1, 1).cpu()
+        with autocast(device, precision):
+            return fn(*args).float().clamp(-1, 1).cpu()
     return run

@@ -18,7 +18,9 @@ def protocol(
 ) -> str:
     "One line that tells two measurements apart."
     words = [name] + [f'{k}={v}' for k, v in settings.items()]
-    if texts: words.insert(1, 'items ' + hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:12])
+    if texts:
+        digest = hashlib.sha256('\n'.join(texts).encode()).hexdigest()
+        words.insert(1, 'items ' + digest[:12])
     return '; '.join(words)
 
 # %% ../../nbs/evaluation/tables.ipynb #06b3f267
@@ -59,5 +61,6 @@ def markdown_table(
     "A table in Markdown."
     columns = columns or _columns(rows)
     lines = [[corner, *columns], ['---'] + ['---:'] * len(columns)]
-    lines += [[name, *(number(r.get(c), digits) for c in columns)] for name, r in rows.items()]
+    for name, row in rows.items():
+        lines.append([name, *(number(row.get(c), digits) for c in columns)])
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)

@@ -33,7 +33,8 @@ def _of_each_kind(seed: int, n: int, dial: str) -> list[Asked]:
     by, k = {kind: [] for kind in QUESTION_KINDS}, 0
     while min(map(len, by.values())) < n:
         s = scene(seed, 'test', k, dial)
-        for q in questions(s, seed, k, dial): by[q.kind].append(Asked(q.kind, q.text, q.answer, s))
+        for q in questions(s, seed, k, dial):
+            by[q.kind].append(Asked(q.kind, q.text, q.answer, s))
         k += 1
     return [a for asked in by.values() for a in asked[:n]]
 
@@ -49,8 +50,10 @@ def question_set(
     out = _of_each_kind(seed, n, dial)
     for i in range(pairs):
         out += [Asked('pairs', q.text, q.answer, s) for s, q in pair(seed, i, 'test', dial)]
-    rs = [riddle(RIDDLE_KINDS[i % len(RIDDLE_KINDS)], seed, 'test', i) for i in range(riddles)]
-    return out + [Asked('riddles', r.question, r.answer) for r in rs]
+    for i in range(riddles):
+        r = riddle(RIDDLE_KINDS[i % len(RIDDLE_KINDS)], seed, 'test', i)
+        out.append(Asked('riddles', r.question, r.answer))
+    return out
 
 # %% ../../nbs/evaluation/understanding.ipynb #72278a17
 @torch.no_grad()
@@ -66,7 +69,8 @@ def _ask(
         for at in range(0, len(which), batch_size):
             part = which[at:at + batch_size]
             images = renders([asked[i].scene for i in part]) if seen else None
-            words |= dict(zip(part, answer(images, [asked[i].question for i in part])))
+            texts = [asked[i].question for i in part]
+            words |= dict(zip(part, answer(images, texts)))
     return [words[i].strip().lower() for i in range(len(asked))]
 
 # %% ../../nbs/evaluation/understanding.ipynb #a979e599
@@ -76,9 +80,10 @@ def _right(
 ) -> dict:  # kind -> `[units]` of 0 and 1; a pair is one unit
     "Which units were answered rightly."
     out = defaultdict(list)
-    for a, word in zip(asked, words): out[a.kind].append(float(word == a.answer))
-    if 'pairs' in out:
-        out['pairs'] = [x * y for x, y in zip(out['pairs'][::2], out['pairs'][1::2])]
+    for a, word in zip(asked, words):
+        out[a.kind].append(float(word == a.answer))
+    if pairs := out.get('pairs'):
+        out['pairs'] = [x * y for x, y in zip(pairs[::2], pairs[1::2])]
     return dict(out)
 
 # %% ../../nbs/evaluation/understanding.ipynb #ea4e122e

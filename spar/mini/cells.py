@@ -20,12 +20,13 @@ def cell_labels(
     grid: int = 8,  # tokens along one side
 ) -> torch.Tensor:  # [grid², 2]: number of the thing and of its colour, 0 for ground
     "What stands at the centre of every token."
-    out, cell = torch.zeros(grid, grid, 2, dtype=torch.long), SIDE / grid
-    at = (torch.arange(grid) + .5) * cell
+    out = torch.zeros(grid, grid, 2, dtype=torch.long)
+    at = (torch.arange(grid) + .5) * (SIDE / grid)
     for name, colour, x0, y0, x1, y1 in boxes(s):
-        rows, columns = (at >= y0) & (at < y1), (at >= x0) & (at < x1)
-        numbers = list(GLYPHS).index(name) + 1, list(COLOURS).index(colour) + 1
-        out[rows[:, None] & columns[None]] = torch.tensor(numbers)
+        rows = (at >= y0) & (at < y1)
+        columns = (at >= x0) & (at < x1)
+        numbers = list(GLYPHS).index(name), list(COLOURS).index(colour)
+        out[rows[:, None] & columns[None]] = torch.tensor(numbers) + 1
     return out.flatten(0, 1)
 
 # %% ../../nbs/mini/cells.ipynb #33a6c1a2
@@ -40,11 +41,13 @@ class CellHead(nn.Module):
     ):
         super().__init__()
         self.ground, self.grid = ground, grid
-        sizes = (len(GLYPHS) + 1, len(COLOURS) + 1, grid, grid)[: 4 if places else 2]
+        sizes = [len(GLYPHS) + 1, len(COLOURS) + 1]
+        if places: sizes += [grid, grid]
         self.heads = nn.ModuleList([nn.Linear(dim, n) for n in sizes])
     def logits(self, f_v):
         "Features [B, T, D] -> one tensor [B·T, n] for each question."
-        return [h(F.layer_norm(f_v.float(), f_v.shape[-1:])).float().flatten(0, 1) for h in self.heads]
+        norm = lambda: F.layer_norm(f_v.float(), f_v.shape[-1:])
+        return [h(norm()).float().flatten(0, 1) for h in self.heads]
 
 # %% ../../nbs/mini/cells.ipynb #6f4102f3
 @patch
@@ -57,11 +60,13 @@ def forward(self: CellHead, f_v, cells):
     "Cross-entropy, the sum over what is asked; `f_v` [B, T, D], `cells` [B, T, 2] from `cell_labels`."
     thing, colour, *place = self.logits(f_v)
     at = torch.arange(cells.shape[1], device=f_v.device).repeat(len(cells))
-    where = sum(F.cross_entropy(l, t) for l, t in zip(place, (at // self.grid, at % self.grid)))
-    return where + sum(
-        F.cross_entropy(l, cells[..., i].flatten(), weight=self._weight(l.shape[-1], f_v.device))
-        for i, l in enumerate((thing, colour))
-    )
+    targets = at // self.grid, at % self.grid
+    where = sum(F.cross_entropy(l, t) for l, t in zip(place, targets))
+    named = []
+    for l, t in zip((thing, colour), cells.unbind(-1)):
+        weight = self._weight(l.shape[-1], f_v.device)
+        named.append(F.cross_entropy(l, t.flatten(), weight=weight))
+    return where + sum(named)
 
 # %% ../../nbs/mini/cells.ipynb #f13c0f81
 class CellScenes:
@@ -88,8 +93,10 @@ def cell_accuracy(objective: TowerObjective, data: CellScenes, n: int = 128) -> 
     "Share of tokens on a thing whose thing, and whose colour, is named rightly."
     items = [data[k] for k in range(n)]
     x, c = [torch.stack([i[k] for i in items]) for k in ('image', 'cells')]
-    logits = objective.head.logits(objective.encoder(x.to(next(objective.parameters()).device)))
+    device = next(objective.parameters()).device
+    logits = objective.head.logits(objective.encoder(x.to(device)))
     on, out = c[..., 0].flatten() > 0, {}
     for i, (name, l) in enumerate(zip(('thing', 'colour'), logits)):
-        out[name] = float((l.argmax(-1).cpu() == c[..., i].flatten())[on].float().mean())
+        right = l.argmax(-1).cpu() == c[..., i].flatten()
+        out[name] = float(right[on].float().mean())
     return out

@@ -20,11 +20,12 @@ def _differences(
     x: torch.Tensor,  # [B, 3, H, W]
 ) -> tuple:  # two tensors: horizontal and vertical differences
     "Differences of neighbouring pixels."
-    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+    return x.diff(dim=-1), x.diff(dim=-2)
 
 def _edge_error(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     "Mean absolute error of the differences."
-    return sum((a - b).abs().mean() for a, b in zip(_differences(y), _differences(x))) / 2
+    pairs = zip(_differences(y), _differences(x))
+    return sum((a - b).abs().mean() for a, b in pairs) / 2
 
 # %% ../../nbs/mini/dcae.ipynb #edbeca15
 def _moments(
@@ -32,7 +33,8 @@ def _moments(
 ) -> torch.Tensor:
     "How far the batch's channels are from mean 0 and deviation 1."
     z = z.float().transpose(0, 1).flatten(1)
-    return (z.mean(1) ** 2 + (z.std(1) - 1) ** 2).mean()
+    mean, deviation = z.mean(1), z.std(1)
+    return (mean ** 2 + (deviation - 1) ** 2).mean()
 
 # %% ../../nbs/mini/dcae.ipynb #48ab1f77
 @dataclass
@@ -57,8 +59,11 @@ class DcaeObjective(Objective):
         z = self.dcae.encode(x)
         y = self.dcae.decode(z).float()
         term = dict(
-            mse=lambda: (y - x).square().mean(), l1=lambda: (y - x).abs().mean(), edge=lambda: _edge_error(y, x),
-            moments=lambda: _moments(z), lpips=lambda: self.lpips(x, y).mean(),
+            mse=lambda: (y - x).square().mean(),
+            l1=lambda: (y - x).abs().mean(),
+            edge=lambda: _edge_error(y, x),
+            moments=lambda: _moments(z),
+            lpips=lambda: self.lpips(x, y).mean(),
         )
         return {k: term[k]() for k in weights if weights[k]}
 
@@ -74,16 +79,17 @@ def autoencoder_scores(
     score = lambda x, again: float(psnr(to_8bit(x), to_8bit(again)).mean())
     for name, ds in datasets.items():
         x = torch.stack([ds[k]['image'] for k in range(n)])
-        out[name] = score(x, torch.cat([dcae(b.to(device)).float().cpu() for b in x.split(32)]))
-        out[f'{name}_mean_colour'] = score(x, x.mean((2, 3), keepdim=True).expand_as(x))
+        again = [dcae(b.to(device)).float().cpu() for b in x.split(32)]
+        colour = x.mean((2, 3), keepdim=True).expand_as(x)
+        out |= {name: score(x, torch.cat(again)), f'{name}_mean_colour': score(x, colour)}
     return out
 
 # %% ../../nbs/mini/dcae.ipynb #42d404da
 @torch.no_grad()
 def set_scale(dcae: DCAE, dataset, n: int = 256) -> DCAE:
     "Store one over the latents' deviation as `scaling_factor`, the way the real autoencoder carries its own."
-    pictures = lambda at: torch.stack([dataset[k]['image'] for k in range(at, at + 32)]).to(dcae.device)
-    z = torch.cat([dcae.encode(pictures(at)) for at in range(0, n, 32)])
+    pictures = lambda at: torch.stack([dataset[k]['image'] for k in range(at, at + 32)])
+    z = torch.cat([dcae.encode(pictures(at).to(dcae.device)) for at in range(0, n, 32)])
     dcae.scale = 1 / float(z.float().std())
     dcae.hf.register_to_config(scaling_factor=dcae.scale)
     return dcae
@@ -93,8 +99,10 @@ def set_scale(dcae: DCAE, dataset, n: int = 256) -> DCAE:
 def show_pairs(dcae: DCAE, datasets: dict, n: int = 8):
     "Originals above, reconstructions below."
     x = torch.stack([ds[k]['image'] for ds in datasets.values() for k in range(n)])
+    y = dcae(x.to(dcae.device)).float().cpu()
     fig, axs = plt.subplots(2, len(x), figsize=(.8 * len(x), 1.7))
-    for ax, img in zip(axs.flat, torch.cat([x, dcae(x.to(dcae.device)).float().cpu()])):
-        ax.imshow((img.clamp(-1, 1) * .5 + .5).permute(1, 2, 0))
+    for ax, img in zip(axs.flat, torch.cat([x, y])):
+        img = img.clamp(-1, 1) * .5 + .5
+        ax.imshow(img.permute(1, 2, 0))
         ax.axis('off')
     return fig

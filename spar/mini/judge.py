@@ -78,12 +78,13 @@ class JudgeNet(nn.Module):
         self.cells = dict(heat=1, object=O, colour=C, turn=2, box=4)
         self.votes = dict(ground=C, texture=len(cfg.textures), style=len(cfg.styles))
         cells, votes = sum(self.cells.values()), sum(self.votes.values())
+        w2, w3 = 2 * w, 3 * w
         self.fine = nn.Sequential(nn.Conv2d(3, w, 5, 2, 2), ResBlock(w))
-        self.mid = nn.Sequential(nn.Conv2d(w, 2 * w, 3, 2, 1), ResBlock(2 * w), ResBlock(2 * w))
-        self.coarse = nn.Sequential(nn.Conv2d(2 * w, 3 * w, 3, 2, 1), ResBlock(3 * w))
-        self.up, self.mix = nn.Conv2d(3 * w, 2 * w, 1), ResBlock(2 * w)
-        self.map = nn.Sequential(nn.GroupNorm(8, 2 * w), nn.SiLU(), nn.Conv2d(2 * w, cells, 1))
-        self.vote = nn.Sequential(nn.Linear(6 * w, 2 * w), nn.SiLU(), nn.Linear(2 * w, votes))
+        self.mid = nn.Sequential(nn.Conv2d(w, w2, 3, 2, 1), ResBlock(w2), ResBlock(w2))
+        self.coarse = nn.Sequential(nn.Conv2d(w2, w3, 3, 2, 1), ResBlock(w3))
+        self.up, self.mix = nn.Conv2d(w3, w2, 1), ResBlock(w2)
+        self.map = nn.Sequential(nn.GroupNorm(8, w2), nn.SiLU(), nn.Conv2d(w2, cells, 1))
+        self.vote = nn.Sequential(nn.Linear(2 * w3, w2), nn.SiLU(), nn.Linear(w2, votes))
         nn.init.constant_(self.map[-1].bias[0], -3.)
 
 # %% ../../nbs/mini/judge.ipynb #4d11288c
@@ -94,10 +95,11 @@ def forward(
 ) -> dict[str, Tensor]:  # cell names -> `[B, h, w, k]`, vote names -> `[B, k]`
     q = self.mid(self.fine(x))
     e = self.coarse(q)
-    q = self.mix(q + F.interpolate(self.up(e), size=q.shape[-2:]))
-    cells = self.map(q).permute(0, 2, 3, 1).float().split(list(self.cells.values()), -1)
-    pooled = torch.cat([e.mean((2, 3)), e.amax((2, 3))], 1)
-    votes = self.vote(pooled).float().split(list(self.votes.values()), -1)
+    up = F.interpolate(self.up(e), size=q.shape[-2:])
+    cells = self.map(self.mix(q + up)).permute(0, 2, 3, 1).float()
+    votes = self.vote(torch.cat([e.mean((2, 3)), e.amax((2, 3))], 1)).float()
+    cells = cells.split(list(self.cells.values()), -1)
+    votes = votes.split(list(self.votes.values()), -1)
     return dict(zip(self.cells, cells)) | dict(zip(self.votes, votes))
 
 # %% ../../nbs/mini/judge.ipynb #54737430
@@ -127,7 +129,8 @@ class Judge(nn.Module):
     ) -> dict[str, Tensor]:
         "Raw outputs of the network."
         size = (self.cfg.side,) * 2
-        if tuple(images.shape[-2:]) != size: images = F.interpolate(images, size=size, mode='bicubic', antialias=True)
+        if tuple(images.shape[-2:]) != size:
+            images = F.interpolate(images, size=size, mode='bicubic', antialias=True)
         return self.net(images.clamp(-1, 1))
 
 # %% ../../nbs/mini/judge.ipynb #07b91697
@@ -136,22 +139,25 @@ def _detections(self: Judge, out: dict) -> list[list[Detection]]:
     "The peaks of the heat, the surest first."
     c, heat = self.cfg, out['heat'][..., 0].sigmoid()
     prob, name = out['object'].softmax(-1).max(-1)
-    score, colour, turn = heat * prob, out['colour'].argmax(-1), out['turn'].argmax(-1)
+    colour, turn = out['colour'].argmax(-1), out['turn'].argmax(-1)
+    score = heat * prob
     found = [[] for _ in heat]
     for at in (_peaks(heat) & (score >= self.threshold)).nonzero().tolist():
         (b, i, j), (dx, dy, w, h) = at, out['box'][tuple(at)].tolist()
         named = c.objects[name[b, i, j]], c.colours[colour[b, i, j]]
-        centre = (j + 0.5 + dx) * c.stride, (i + 0.5 + dy) * c.stride
-        size = math.exp(w) * c.stride, math.exp(h) * c.stride
-        found[b].append(Detection(*named, *centre, *size, float(score[b, i, j]), 2 * int(turn[b, i, j])))
+        box = j + 0.5 + dx, i + 0.5 + dy, math.exp(w), math.exp(h)
+        box = [v * c.stride for v in box]
+        turns = 2 * int(turn[b, i, j])
+        found[b].append(Detection(*named, *box, float(score[b, i, j]), turns))
     return [sorted(f, key=lambda d: -d.score) for f in found]
 
 # %% ../../nbs/mini/judge.ipynb #eeb0afb6
 @patch
 def _grounds(self: Judge, out: dict) -> list[Ground]:
     "The most likely colour, texture and style."
-    c, votes = self.cfg, zip(*(out[k].argmax(-1).tolist() for k in ('ground', 'texture', 'style')))
-    return [Ground(c.colours[g], c.textures[t], c.styles[s]) for g, t, s in votes]
+    c = self.cfg
+    votes = [out[k].argmax(-1).tolist() for k in ('ground', 'texture', 'style')]
+    return [Ground(c.colours[g], c.textures[t], c.styles[s]) for g, t, s in zip(*votes)]
 
 # %% ../../nbs/mini/judge.ipynb #eeb0afb7
 @patch
@@ -162,9 +168,9 @@ def look(
     batch_size: int = 250,  # changes the speed only
 ) -> tuple[list[list[Detection]], list[Ground]]:  # detections, grounds
     "Everything the judge sees in every picture."
-    found, grounds = [], []
+    found, grounds, device = [], [], next(self.parameters()).device
     for x in images.split(batch_size):
-        out = {k: v.cpu() for k, v in self(x.to(next(self.parameters()).device)).items()}
+        out = {k: v.cpu() for k, v in self(x.to(device)).items()}
         found += self._detections(out)
         grounds += self._grounds(out)
     return found, grounds
@@ -183,10 +189,11 @@ def background(self: Judge, images: Tensor) -> list[Ground]:
 # %% ../../nbs/mini/judge.ipynb #2394f0e9
 def _as_seen(s) -> list[Detection]:
     "The glyphs of a scene, as a perfect judge would report them."
-    return [
-        Detection(name, colour, (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, 1.0, g.turn)
-        for g, (name, colour, x0, y0, x1, y1) in zip(s.glyphs, boxes(s))
-    ]
+    found = []
+    for g, (name, colour, x0, y0, x1, y1) in zip(s.glyphs, boxes(s)):
+        centre, size = ((x0 + x1) / 2, (y0 + y1) / 2), (x1 - x0, y1 - y0)
+        found.append(Detection(name, colour, *centre, *size, 1.0, g.turn))
+    return found
 
 class Oracle:
     "A stand-in that answers from the scenes themselves, for tests of benchmarks: picture k is taken to show scene k."
@@ -205,7 +212,8 @@ def save_pretrained(
     dtype=torch.bfloat16,  # of the weights on disk
 ):
     "Write configuration, vocabulary and weights."
-    weights = {k: v.detach().to(dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+    stored = lambda v: v.detach().to(dtype).cpu().contiguous()
+    weights = {k: stored(v) for k, v in self.state_dict().items()}
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         write_json(tmp / 'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))

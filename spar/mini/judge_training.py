@@ -26,18 +26,21 @@ _COLOURLESS = ('inverted', 'grey')  # styles
 def _box_in_cells(x0, y0, x1, y1, cfg: JudgeConfig) -> tuple:
     "Row and column of the cell of a box's centre; the box as (dx, dy, log w, log h) in cells, from the cell's centre."
     n = cfg.side // cfg.stride
-    x, y, w, h = (v / cfg.stride for v in ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+    x, y = (x0 + x1) / 2 / cfg.stride, (y0 + y1) / 2 / cfg.stride
+    w, h = (x1 - x0) / cfg.stride, (y1 - y0) / cfg.stride
     i, j = (min(max(int(v), 0), n - 1) for v in (y, x))
-    return i, j, torch.tensor([x - j - 0.5, y - i - 0.5, math.log(w), math.log(h)])
+    offset, size = (x - j - 0.5, y - i - 0.5), (math.log(w), math.log(h))
+    return i, j, torch.tensor([*offset, *size])
 
 # %% ../../nbs/mini/judge_training.ipynb #f0eba510
 def _glyph_targets(s: Scene, cfg: JudgeConfig) -> dict[str, Tensor]:  # each `[_MOST, ...]`
     "Cell, names, orientation and box of every glyph."
-    t = dict(cell=torch.full((_MOST,), -1), **{k: torch.full((_MOST,), -100) for k in ('object', 'colour', 'turn')})
-    t['box'] = torch.zeros(_MOST, 4)
+    t = dict(cell=torch.full((_MOST,), -1), box=torch.zeros(_MOST, 4))
+    for name in ('object', 'colour', 'turn'): t[name] = torch.full((_MOST,), -100)
     for k, (g, (name, colour, *box)) in enumerate(zip(s.glyphs, boxes(s))):
         i, j, t['box'][k] = _box_in_cells(*box, cfg)
-        t['cell'][k], t['object'][k] = i * (cfg.side // cfg.stride) + j, cfg.objects.index(name)
+        t['cell'][k] = i * (cfg.side // cfg.stride) + j
+        t['object'][k] = cfg.objects.index(name)
         if s.style not in _COLOURLESS: t['colour'][k] = cfg.colours.index(colour)
         if name not in SYMMETRIC: t['turn'][k] = g.turn // 2
     return t
@@ -47,8 +50,12 @@ def _truth(
     cfg: JudgeConfig,
 ) -> dict[str, Tensor]:  # each `[_MOST, ...]`, `cell` -1 where there is no glyph, and the votes
     "Targets of one scene."
-    ground = -100 if s.style in _COLOURLESS else cfg.colours.index(s.background.colour)
-    votes = dict(ground=ground, texture=cfg.textures.index(s.background.texture), style=cfg.styles.index(s.style))
+    b = s.background
+    votes = dict(
+        ground=-100 if s.style in _COLOURLESS else cfg.colours.index(b.colour),
+        texture=cfg.textures.index(b.texture),
+        style=cfg.styles.index(s.style),
+    )
     return _glyph_targets(s, cfg) | {k: torch.tensor(v) for k, v in votes.items()}
 
 # %% ../../nbs/mini/judge_training.ipynb #2b85d175
@@ -63,9 +70,12 @@ def _free_scene(
         size = int(g.integers(16, 45))
         reach = size // 2
         x, y = (int(v) for v in g.integers(reach, 65 - reach, size=2))
-        if all(max(abs(x - o.x), abs(y - o.y)) >= reach + o.size / 2 for o in glyphs):
-            glyphs += (Glyph(name, colour, x, y, size, 2 * int(g.random() < .3)),)
-    return Scene(glyphs, b, STYLES[1 + g.integers(3)] if g.random() < .4 else 'filled')
+        clear = lambda o: max(abs(x - o.x), abs(y - o.y)) >= reach + o.size / 2
+        if all(map(clear, glyphs)):
+            turn = 2 * int(g.random() < .3)
+            glyphs += (Glyph(name, colour, x, y, size, turn),)
+    style = STYLES[1 + g.integers(3)] if g.random() < .4 else 'filled'
+    return Scene(glyphs, b, style)
 
 # %% ../../nbs/mini/judge_training.ipynb #bc54eda6
 def judge_scene(
@@ -90,7 +100,8 @@ class JudgeScenes(Endless):
     def scene(self, k): return judge_scene(self.seed, self.split, k, self.dial)
     def __getitem__(self, k):
         s = self.scene(k)
-        return dict(image=torch.from_numpy(render(s)).permute(2, 0, 1), **_truth(s, self.cfg), index=k)
+        image = torch.from_numpy(render(s)).permute(2, 0, 1)
+        return dict(image=image, **_truth(s, self.cfg), index=k)
 
 # %% ../../nbs/mini/judge_training.ipynb #7021dc44
 class Softened:
@@ -106,7 +117,8 @@ class Softened:
         for at in range(0, n, batch_size):
             part = self.samples[at:at + batch_size]
             image = torch.stack([p['image'] for p in part])
-            with torch.no_grad(): soft = image if blur is None else to_uint8(blur(to_unit(image))).cpu()
+            with torch.no_grad():
+                soft = image if blur is None else to_uint8(blur(to_unit(image))).cpu()
             for p, q in zip(part, soft): p['soft'] = q.clone()
     def __getitem__(self, k): return {**self.samples[k % len(self.samples)], 'index': k}
 
@@ -118,8 +130,10 @@ def _bumps(
 ) -> Tensor:  # `[B, n, n]`, 1 at centres
     "The heat that we want."
     at = torch.arange(n, device=cell.device)
-    dy, dx = at - (cell // n)[..., None], at - (cell % n)[..., None]
-    g = torch.exp(-(dy[..., :, None] ** 2 + dx[..., None, :] ** 2) / (2 * width**2))
+    dy = at - (cell // n)[..., None]
+    dx = at - (cell % n)[..., None]
+    distance = dy[..., :, None] ** 2 + dx[..., None, :] ** 2
+    g = torch.exp(-distance / (2 * width**2))
     return (g * (cell >= 0)[..., None, None]).amax(1)
 
 # %% ../../nbs/mini/judge_training.ipynb #4007e901
@@ -131,7 +145,8 @@ def _focal(
     p, hit = logits.sigmoid(), y == 1
     at_centres = (1 - p) ** 2 * F.logsigmoid(logits)
     elsewhere = (1 - y) ** 4 * p**2 * F.logsigmoid(-logits)
-    return -torch.where(hit, at_centres, elsewhere).sum() / hit.sum().clamp(min=1)
+    total = torch.where(hit, at_centres, elsewhere).sum()
+    return -total / hit.sum().clamp(min=1)
 
 # %% ../../nbs/mini/judge_training.ipynb #6fd9c2ad
 class JudgeObjective(Objective):
@@ -154,25 +169,28 @@ def pictures(self: JudgeObjective, batch: dict) -> Tensor:  # `[B, 3, 64, 64]`
     "The degraded pictures of a batch."
     u = uniform((3,), self.seed, 'judge picture', batch['index']).to(batch['image'].device)
     col = lambda v: v.view(-1, 1, 1, 1)
-    x = torch.where(col(u[:, 0] < self.soft), to_unit(batch['soft']), to_unit(batch['image']))
+    crisp, soft = to_unit(batch['image']), to_unit(batch['soft'])
+    x = torch.where(col(u[:, 0] < self.soft), soft, crisp)
     eps = torch.randn(x.shape, device=x.device)          # `fit` seeds torch by the step
-    return (x * col(0.85 + 0.25 * u[:, 1]) + self.noise * col(u[:, 2] ** 2) * eps).clamp(-1, 1)
+    contrast, noise = col(0.85 + 0.25 * u[:, 1]), col(u[:, 2] ** 2)
+    return (x * contrast + self.noise * noise * eps).clamp(-1, 1)
 
 # %% ../../nbs/mini/judge_training.ipynb #5f8ec849
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     "Mean over the targets that are asked for; 0 if there are none."
-    return F.cross_entropy(logits, target, reduction='sum') / (target >= 0).sum().clamp(min=1)
+    total = F.cross_entropy(logits, target, reduction='sum')
+    return total / (target >= 0).sum().clamp(min=1)
 
 @patch
 def terms(self: JudgeObjective, batch, weights, player='model'):
-    out, n = self.judge(self.pictures(batch)), self.judge.cfg.side // self.judge.cfg.stride
-    b, k = (batch['cell'] >= 0).nonzero(as_tuple=True)
-    at_centres = lambda name: out[name].flatten(1, 2)[b, batch['cell'][b, k]]
+    out, cell = self.judge(self.pictures(batch)), batch['cell']
+    b, k = (cell >= 0).nonzero(as_tuple=True)
     def term(name):
-        if name == 'heat': return _focal(out['heat'][..., 0], _bumps(batch['cell'], n))
-        if name == 'box': return (at_centres('box') - batch['box'][b, k]).abs().sum() / max(len(b), 1)
-        if name in ('object', 'colour', 'turn'): return _cross_entropy(at_centres(name), batch[name][b, k])
-        return _cross_entropy(out[name], batch[name])
+        if name in ('ground', 'texture', 'style'): return _cross_entropy(out[name], batch[name])
+        if name == 'heat': return _focal(out[name][..., 0], _bumps(cell, out[name].shape[1]))
+        at_centres, target = out[name].flatten(1, 2)[b, cell[b, k]], batch[name][b, k]
+        if name != 'box': return _cross_entropy(at_centres, target)
+        return (at_centres - target).abs().sum() / max(len(b), 1)
     return {name: term(name) for name in weights}
 
 # %% ../../nbs/mini/judge_training.ipynb #b8988403
@@ -184,8 +202,9 @@ def _matches(
     "How many glyphs are seen as they are."
     left, hits = list(found), 0
     for name, colour, x0, y0, x1, y1 in boxes(s):
-        apart = lambda d: math.hypot(d.x - (x0 + x1) / 2, d.y - (y0 + y1) / 2)
-        ok = [d for d in left if (d.object, d.colour) == (name, colour) and apart(d) <= near]
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        named = [d for d in left if (d.object, d.colour) == (name, colour)]
+        ok = [d for d in named if math.hypot(d.x - x, d.y - y) <= near]
         if ok:
             left.remove(ok[0])
             hits += 1
@@ -202,12 +221,13 @@ def accuracy(
     found, grounds = judge.look(images)
     coloured = [k for k, s in enumerate(scenes) if s.style not in _COLOURLESS]
     hits = sum(_matches(found[k], scenes[k]) for k in coloured)
-    share = lambda what, which: float(np.mean([what(k) for k in which]))
+    pairs = list(zip(grounds, scenes))
+    share = lambda right: float(np.mean(right))
     return dict(
         objects=hits / sum(len(scenes[k].glyphs) for k in coloured),
         precision=hits / max(1, sum(len(found[k]) for k in coloured)),
-        background=share(lambda k: grounds[k].colour == scenes[k].background.colour, coloured),
-        texture=share(lambda k: grounds[k].texture == scenes[k].background.texture, range(len(scenes))),
-        style=share(lambda k: grounds[k].style == scenes[k].style, range(len(scenes))),
+        background=share([grounds[k].colour == scenes[k].background.colour for k in coloured]),
+        texture=share([g.texture == s.background.texture for g, s in pairs]),
+        style=share([g.style == s.style for g, s in pairs]),
         n=len(scenes),
     )

@@ -35,15 +35,16 @@ def _pack_turns(
 ) -> dict:  # ids, segment, sees, position, kind: lists of T numbers
     "One sequence of independent conversations about one picture."
     P = len(prefix)
-    row = dict(ids=list(prefix), segment=[0] * P, sees=[1] * P, position=list(range(P)), kind=[0] * P)
+    row = dict(ids=list(prefix), position=list(range(P)))
+    row |= dict(segment=[0] * P, sees=[1] * P, kind=[0] * P)
     for s, (q, a, kind) in enumerate([*turns, *texts], 1):
-        seen, n = s <= len(turns), len(q) + len(a)
-        start = P if seen else 0
+        n, seen = len(q) + len(a), s <= len(turns)
+        start, number = P if seen else 0, _TARGETS.index(kind) + 1
         row['ids'] += [*q, *a]
         row['segment'] += [s] * n
         row['sees'] += [int(seen)] * n
         row['position'] += range(start, start + n)
-        row['kind'] += [0] * len(q) + [_TARGETS.index(kind) + 1] * len(a)
+        row['kind'] += [0] * len(q) + [number] * len(a)
     return row
 
 # %% ../../nbs/mini/mllm.ipynb #96a53dc8
@@ -54,16 +55,18 @@ def _packed_mask(
     "Causal; own segment, and the picture's (segment 0) if the segment sees it."
     T = segment.shape[1]
     same = segment[:, :, None] == segment[:, None, :]
-    picture = (segment[:, None, :] == 0) & (sees[:, :, None] == 1)
-    return ((same | picture) & torch.ones(T, T, dtype=torch.bool, device=segment.device).tril())[:, None]
+    picture = (segment == 0)[:, None, :] & (sees == 1)[:, :, None]
+    causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
+    return ((same | picture) & causal)[:, None]
 
 # %% ../../nbs/mini/mllm.ipynb #2ddfd146
 def _pad_rows(rows: list) -> dict:
     "Rows padded on the right: `ids`, `segment`, `sees`, `position`, `kind` and, if there, `where`, each [B, T]."
     T = max(len(r['ids']) for r in rows)
     fill = dict(ids=0, segment=-1, sees=0, position=0, kind=0, where=-1)
-    padded = lambda k: [list(r[k]) + [fill[k]] * (T - len(r[k])) for r in rows]
-    return {k: torch.tensor(padded(k)) for k in fill if k in rows[0]}
+    padded = lambda x, v: list(x) + [v] * (T - len(x))
+    fields = [k for k in fill if k in rows[0]]
+    return {k: torch.tensor([padded(r[k], fill[k]) for r in rows]) for k in fields}
 
 # %% ../../nbs/mini/mllm.ipynb #bda866f0
 @dataclass
@@ -98,34 +101,37 @@ def _ground_words(
 ) -> dict:
     "`where`: for a question's word that names exactly one thing of the picture, its token; -1 elsewhere."
     half = 2 * SIDE / grid
-    token = lambda x0, y0, x1, y1: int((y0 + y1) / half) * grid + int((x0 + x1) / half)
-    found = [(vocab[n], token(*box)) for n, _, *box in boxes(s)]
+    token = lambda x, y: int(y / half) * grid + int(x / half)
+    found = [(vocab[n], token(x0 + x1, y0 + y1)) for n, _, x0, y0, x1, y1 in boxes(s)]
     alone = {i: at for i, at in found if sum(i == j for j, _ in found) == 1}
     asked = [seg > 0 and not kind for seg, kind in zip(row['segment'], row['kind'])]
-    return row | dict(where=[alone.get(i, -1) if a else -1 for i, a in zip(row['ids'], asked)])
+    where = [alone.get(i, -1) if a else -1 for i, a in zip(row['ids'], asked)]
+    return row | dict(where=where)
 
 # %% ../../nbs/mini/mllm.ipynb #703e33af
 class WordHead(nn.Module):
     "Row and column of the thing that a word names, read from the word's own hidden state."
     def __init__(self, dim: int, grid: int = 8):
         super().__init__()
-        self.grid, self.heads = grid, nn.ModuleList([nn.Linear(dim, grid) for _ in range(2)])
+        self.grid = grid
+        self.heads = nn.ModuleList([nn.Linear(dim, grid) for _ in range(2)])
     def forward(self, h, where):
         "Cross-entropy over the words that name one thing; `h` [B, T, D], `where` [B, T]."
         on = where >= 0
-        f, at = F.layer_norm(h[on].float(), h.shape[-1:]), where[on]
-        targets = at // self.grid, at % self.grid
-        total = sum(F.cross_entropy(head(f).float(), t, reduction='sum') for head, t in zip(self.heads, targets))
-        return total / on.sum().clamp(min=1)
+        f = F.layer_norm(h[on].float(), h.shape[-1:])
+        targets = where[on] // self.grid, where[on] % self.grid
+        loss = lambda head, t: F.cross_entropy(head(f).float(), t, reduction='sum')
+        return sum(map(loss, self.heads, targets)) / on.sum().clamp(min=1)
 
 # %% ../../nbs/mini/mllm.ipynb #6e433de1
 class MllmRows:
     "Unbounded dataset of packed sequences: scene k with questions, caption and text about it and about nothing."
     def __init__(self, mllm: MLLM, cfg: RowsConfig = RowsConfig(), seed: int = 0, split: str = 'train'):
-        self.tk, self.cfg, self.seed, self.split, self.grid = mllm.tokenizer, cfg, seed, split, mllm.grid()
-        self.vocab = mllm.tokenizer.get_vocab()
-        self.prefix, self.open = self.ids('<bos> <user> ' + mllm.image_text()), self.ids('<assistant>')
-        self.close, self.facts = self.ids('<eos>'), [self.ids(f) for f in facts()]
+        self.cfg, self.seed, self.split, self.grid = cfg, seed, split, mllm.grid()
+        self.tk, self.vocab = mllm.tokenizer, mllm.tokenizer.get_vocab()
+        self.prefix = self.ids('<bos> <user> ' + mllm.image_text())
+        self.open, self.close = self.ids('<assistant>'), self.ids('<eos>')
+        self.facts = [self.ids(f) for f in facts()]
     def ids(self, text: str) -> list:
         "Ids of a text; the world speaks lower-case words set apart by spaces, which a table finds fastest."
         try: return [self.vocab[w] for w in text.split()]
@@ -148,32 +154,35 @@ def _riddle(self: MllmRows, k, r):
 def _reading(self: MllmRows, text, qs):
     "Questions that a caption answers, asked without the picture."
     words = text.split()
-    fit = [q for q in qs if q.kind in ('colour', 'object') and q.answer in words and 'background' not in q.text]
-    return [self.turn(f'{text} . {q.text}', q.answer, 'text', True) for q in fit[:self.cfg.reading]]
+    qs = [q for q in qs if q.kind in ('colour', 'object') and 'background' not in q.text]
+    fit = [q for q in qs if q.answer in words][:self.cfg.reading]
+    return [self.turn(f'{text} . {q.text}', q.answer, 'text', True) for q in fit]
 
 # %% ../../nbs/mini/mllm.ipynb #81dca1cd
 @patch
 def _texts(self: MllmRows, s, k, qs, r):
     "Everything that sees no picture."
     c, text = self.cfg, caption(s, self.seed, k, self.split)
-    out = [self.turn('generate an image : ' + text, _things_in_words(s), 'text', True)] * c.prompts
-    out += [self._riddle(k, r) for _ in range(c.riddles)]
-    which = r.integers(len(self.facts), size=c.facts)
-    out += [(self.ids('<bos>'), self.facts[i] + self.close, 'text') for i in which]
+    prompt = self.turn('generate an image : ' + text, _things_in_words(s), 'text', True)
+    out = [prompt] * c.prompts + [self._riddle(k, r) for _ in range(c.riddles)]
+    for i in r.integers(len(self.facts), size=c.facts):
+        out.append((self.ids('<bos>'), self.facts[i] + self.close, 'text'))
     return out + self._reading(text, qs)
 
 # %% ../../nbs/mini/mllm.ipynb #6a0e2b54
 @patch
 def _scene_of(self: MllmRows, k, r):
     "The scene of row k and, in some rows, the turn of an edit of it."
-    if r.random() >= self.cfg.edits: return scene(self.seed, self.split, k, self.cfg.dial), []
-    e = edit(EDIT_KINDS[r.integers(len(EDIT_KINDS))], self.seed, self.split, k, self.cfg.dial)
+    which = self.seed, self.split, k, self.cfg.dial
+    if r.random() >= self.cfg.edits: return scene(*which), []
+    e = edit(EDIT_KINDS[r.integers(len(EDIT_KINDS))], *which)
     after = caption(e.target, self.seed, k, self.split)
     return e.source, [self.turn('edit the image : ' + e.instruction, after, 'caption')]
 
 @patch
 def _captions(self: MllmRows, s, k):
-    texts = [caption(s, self.seed, k + i * 10**9, self.split) for i in range(self.cfg.captions)]
+    numbers = [k + i * 10**9 for i in range(self.cfg.captions)]
+    texts = [caption(s, self.seed, n, self.split) for n in numbers]
     return [self.turn('describe the image .', text, 'caption') for text in texts]
 
 # %% ../../nbs/mini/mllm.ipynb #e8e44a2d
@@ -184,11 +193,16 @@ def __getitem__(self: MllmRows, k: int) -> dict:
     s, after = self._scene_of(k, r)
     upright = s.style == 'filled' and all(g.turn == 0 for g in s.glyphs)
     qs = _several_questions(s, self.seed, k, self.cfg.each) if upright else []
-    turns = [self.turn(q.text, q.answer, 'answer') for q in qs] + after + self._captions(s, k)
-    row = _ground_words(_pack_turns(self.prefix, turns, []), self.vocab, s, self.grid)
-    text = _pack_turns([], [], self._texts(s, k, qs, r))
-    image, cells = as_image(render(s)), cell_labels(s, self.grid)
-    return dict(image=image, cells=cells, index=k, row=row, text=text, kinds=[q.kind for q in qs])
+    answers = [self.turn(q.text, q.answer, 'answer') for q in qs]
+    row = _pack_turns(self.prefix, answers + after + self._captions(s, k), [])
+    return dict(
+        image=as_image(render(s)),
+        cells=cell_labels(s, self.grid),
+        index=k,
+        row=_ground_words(row, self.vocab, s, self.grid),
+        text=_pack_turns([], [], self._texts(s, k, qs, r)),
+        kinds=[q.kind for q in qs],
+    )
 
 # %% ../../nbs/mini/mllm.ipynb #ca9c4740
 @patch
@@ -222,10 +236,12 @@ class MllmObjective(Objective):
     def __init__(self, mllm: MLLM, cfg: MllmConfig, head: CellHead | None = None):
         super().__init__()
         self.mllm, self.cfg, self.named = mllm, cfg, None
-        self.head, self.words = head or CellHead(mllm.hidden_size, mllm.grid()), WordHead(mllm.hidden_size, mllm.grid())
+        size = mllm.hidden_size, mllm.grid()
+        self.head, self.words = head or CellHead(*size), WordHead(*size)
     def weights(self, progress, player='model'):
-        c, schooled = self.cfg, progress < self.cfg.see_until
-        return dict(answer=c.answer, caption=c.caption, text=c.text, see=c.see * schooled, ground=c.ground * schooled)
+        c, on = self.cfg, progress < self.cfg.see_until
+        words = dict(answer=c.answer, caption=c.caption, text=c.text)
+        return words | dict(see=c.see * on, ground=c.ground * on)
 
 # %% ../../nbs/mini/mllm.ipynb #7d9c6b8e
 @patch
@@ -233,12 +249,13 @@ def run(self: MllmObjective, ids, segment, sees, position, kind, f_v=None):
     "Logits [M, V], targets [M], kinds [M] of the M targets of packed rows; `named` keeps states of `ground_layer`."
     m = self.mllm
     e = m.embed(ids)
-    if f_v is not None: e = m.splice(e, (ids == m.image_token) & (segment == 0), f_v)
+    if f_v is not None:
+        e = m.splice(e, (ids == m.image_token) & (segment == 0), f_v)
     mask = torch.where(_packed_mask(segment, sees), 0., -1e4)
     mask = mask.to(torch.bfloat16 if torch.is_autocast_enabled(e.device.type) else e.dtype)
     self.named, h = m.states(e, mask, [self.cfg.ground_layer, m.num_layers], positions=position)
-    at = kind[:, 1:] > 0                                           # a token predicts its successor
-    return m.hf.lm_head(h[:, :-1][at]), ids[:, 1:][at], kind[:, 1:][at]
+    h, ids, kind = h[:, :-1], ids[:, 1:], kind[:, 1:]              # a token predicts its successor
+    return m.hf.lm_head(h[kind > 0]), ids[kind > 0], kind[kind > 0]
 
 @patch
 def logits(self: MllmObjective, batch, text: bool = False, f_v=None):
@@ -257,14 +274,16 @@ def _word_terms(self: MllmObjective, batch, weights, text: bool, f_v) -> dict:
     loss = F.cross_entropy(logits.float(), target, reduction='none')
     mean = lambda on: (loss * on).sum() / on.sum().clamp(min=1)
     out = {k: mean(kind == _TARGETS.index(k) + 1) for k in wanted}
-    if weights.get('ground') and not text: out['ground'] = self.words(self.named, batch['where'])
+    if weights.get('ground') and not text:
+        out['ground'] = self.words(self.named, batch['where'])
     return out
 
 @patch
 def terms(self: MllmObjective, batch, weights, player='model'):
     f_v = self.mllm.encode(batch['image'])
-    see = dict(see=self.head(f_v, batch['cells'])) if weights.get('see') else {}
-    return see | self._word_terms(batch, weights, False, f_v) | self._word_terms(batch, weights, True, f_v)
+    out = dict(see=self.head(f_v, batch['cells'])) if weights.get('see') else {}
+    for text in (False, True): out |= self._word_terms(batch, weights, text, f_v)
+    return out
 
 # %% ../../nbs/mini/mllm.ipynb #9d712e60
 def _turns_right(objective: MllmObjective, batch: dict, text: bool):
@@ -273,11 +292,13 @@ def _turns_right(objective: MllmObjective, batch: dict, text: bool):
     moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
     logits, target, _ = objective.logits(moved, text)
     kind, segment = (batch['text_' * text + k] for k in ('kind', 'segment'))
-    for (b, t), good in zip((kind[:, 1:] > 0).nonzero().tolist(), (logits.argmax(-1) == target).tolist()):
+    right = (logits.argmax(-1) == target).tolist()
+    for (b, t), good in zip((kind[:, 1:] > 0).nonzero().tolist(), right):
         turns[b, int(segment[b, t + 1])].append(good)
     for (b, s), good in turns.items():
         names = batch['kinds'][b]                                      # the questions are the first turns
-        yield 'text' if text else names[s - 1] if s <= len(names) else 'caption', all(good)
+        name = names[s - 1] if s <= len(names) else 'caption'
+        yield 'text' if text else name, all(good)
 
 # %% ../../nbs/mini/mllm.ipynb #97974fa0
 @torch.no_grad()
@@ -290,7 +311,8 @@ def question_accuracy(
     "Greedy exact-match accuracy."
     right = defaultdict(list)
     for at in range(start, start + n, 32):
-        batch = rows.collate([rows[k] for k in range(at, min(at + 32, start + n))])
+        stop = min(at + 32, start + n)
+        batch = rows.collate([rows[k] for k in range(at, stop)])
         for text in (False, True):
             for kind, good in _turns_right(objective, batch, text):
                 right[kind].append(good)
@@ -305,7 +327,8 @@ def riddle_accuracy(mllm: MLLM, n: int = 16, seed: int = 0, split: str = 'val') 
     for kind in RIDDLE_KINDS:
         rs = [riddle(kind, seed, split, k) for k in range(n)]
         answers = mllm.answer(None, [r.question for r in rs])
-        out[kind] = sum(a == r.answer for a, r in zip(answers, rs)) / n
+        right = [a == r.answer for a, r in zip(answers, rs)]
+        out[kind] = sum(right) / n
     return out
 
 # %% ../../nbs/mini/mllm.ipynb #ada2f3fb
@@ -316,7 +339,8 @@ def pair_accuracy(mllm: MLLM, n: int = 32, seed: int = 0, split: str = 'val') ->
     pictures = torch.stack([as_image(render(s)) for s, _ in pairs])
     answers = mllm.answer(pictures, [q.text for _, q in pairs])
     ok = [a == q.answer for a, (_, q) in zip(answers, pairs)]
-    return sum(a and b for a, b in zip(ok[::2], ok[1::2])) / n
+    both = [a and b for a, b in zip(ok[::2], ok[1::2])]
+    return sum(both) / n
 
 # %% ../../nbs/mini/mllm.ipynb #d778b884
 def majority_accuracy(rows: MllmRows, n: int = 256) -> float:

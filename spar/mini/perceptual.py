@@ -21,11 +21,13 @@ from ..world.scenes import COLOURS, GLYPHS, render, scene, TEXTURES
 def _scene_labels(s) -> torch.Tensor:
     "Multi-hot: objects, their colours, the background's colour, its texture; a last one is left for photographs."
     names, colours, textures = list(GLYPHS), list(COLOURS), list(TEXTURES)
-    y = torch.zeros(len(names) + 2 * len(colours) + len(textures) + 1)
+    hot, n, c = [], len(names), len(colours)
     for g in s.glyphs:
-        y[names.index(g.name)] = y[len(names) + colours.index(g.colour)] = 1
-    y[len(names) + len(colours) + colours.index(s.background.colour)] = 1
-    y[len(names) + 2 * len(colours) + textures.index(s.background.texture)] = 1
+        hot += [names.index(g.name), n + colours.index(g.colour)]
+    hot.append(n + c + colours.index(s.background.colour))
+    hot.append(n + 2 * c + textures.index(s.background.texture))
+    y = torch.zeros(n + 2 * c + len(textures) + 1)
+    y[hot] = 1
     return y
 
 # %% ../../nbs/mini/perceptual.ipynb #5b21edf3
@@ -36,7 +38,8 @@ class Labelled:
         self.labels = len(_scene_labels(scene(seed, split, 0, dial)))
     def __getitem__(self, k):
         if rng(self.seed, 'labelled photo', k).random() < self.share:
-            y, image = F.one_hot(torch.tensor(self.labels - 1), self.labels).float(), crop(self.seed, self.split, k)
+            y = F.one_hot(torch.tensor(self.labels - 1), self.labels).float()
+            image = crop(self.seed, self.split, k)
         else:
             s = scene(self.seed, self.split, k, self.dial, varied=True)
             y, image = _scene_labels(s), render(s)
@@ -60,7 +63,8 @@ class PerceptualObjective(Objective):
         "The classifier without the ReLU that torchvision puts on its answers."
         return self.net.classifier[1](self.net.features(x)).mean((2, 3))
     def terms(self, batch, weights, player='model'):
-        return dict(bce=F.binary_cross_entropy_with_logits(self.logits(batch['image']).float(), batch['label']))
+        logits = self.logits(batch['image']).float()
+        return dict(bce=F.binary_cross_entropy_with_logits(logits, batch['label']))
 
 # %% ../../nbs/mini/perceptual.ipynb #2d34a03f
 @torch.no_grad()
@@ -69,7 +73,8 @@ def label_scores(objective: PerceptualObjective, data: Labelled, n: int = 256) -
     items = [data[k] for k in range(n)]
     x, y = [torch.stack([i[k] for i in items]) for k in ('image', 'label')]
     on = torch.cat([objective.logits(b).float() for b in x.split(64)]) > 0
-    return dict(found=float(on[y == 1].float().mean()), left_out=float((~on[y == 0]).float().mean()))
+    share = lambda x: float(x.float().mean())
+    return dict(found=share(on[y == 1]), left_out=share(~on[y == 0]))
 
 # %% ../../nbs/mini/perceptual.ipynb #ff400abc
 @torch.no_grad()
@@ -79,5 +84,6 @@ def distance_ladder(lpips: PerceptualMini, data, n: int = 32) -> dict:
     def blur(s):
         small = F.interpolate(x, scale_factor=1 / s, mode='area')
         return F.interpolate(small, x.shape[-2:], mode='bilinear')
-    copies = dict(same=x, blur_2=blur(2), blur_4=blur(4), blur_8=blur(8), other=x.roll(1, 0))
+    copies = dict(same=x, blur_2=blur(2), blur_4=blur(4), blur_8=blur(8))
+    copies['other'] = x.roll(1, 0)
     return {k: float(lpips(x, y).mean()) for k, y in copies.items()}

@@ -25,7 +25,8 @@ def promote(
     "Replace each base of `target` that `source` has."
     found = [n for n in names if (Path(source)/n).is_dir()]
     for n in found:
-        with atomic_path(Path(target)/n) as tmp: shutil.copytree(Path(source)/n, tmp)
+        with atomic_path(Path(target)/n) as tmp:
+            shutil.copytree(Path(source)/n, tmp)
     return found
 
 # %% ../../nbs/mini/promote.ipynb #50dc3adf
@@ -35,4 +36,5 @@ def folder_size(path) -> int:
 
 def gather(folder, sizes: dict) -> dict:
     "One table of what every base reached: the JSON files of `folder` by name, and sizes in bytes."
-    return dict({f.stem: read_json(f) for f in sorted(Path(folder).glob('*.json'))}, bytes=sizes)
+    files = sorted(Path(folder).glob('*.json'))
+    return dict({f.stem: read_json(f) for f in files}, bytes=sizes)

@@ -36,7 +36,8 @@ def cache_latents(
     out, picture = [], lambda k: as_image(render(scene(seed, split, k, dial)))
     for at in range(0, n, batch):
         x = torch.stack([picture(k) for k in range(at, min(at + batch, n))])
-        with autocast(dcae.device): out.append(dcae.encode(x.to(dcae.device)).to('cpu', torch.bfloat16))
+        with autocast(dcae.device): z = dcae.encode(x.to(dcae.device))
+        out.append(z.to('cpu', torch.bfloat16))
     return torch.cat(out)
 
 # %% ../../nbs/mini/sana.ipynb #636b1e03
@@ -47,7 +48,8 @@ def cached(
     *args,  # of `make`
 ) -> torch.Tensor:
     "`make(*args)`, stored on disk."
-    key = file_hash(source)[:16] + ''.join(f'-{a}' for a in args if isinstance(a, (int, str)))
+    parts = [file_hash(source)[:16]] + [str(a) for a in args if isinstance(a, (int, str))]
+    key = '-'.join(parts)
     path = Path(path).with_name(f'{Path(path).stem}-{key}.safetensors')
     if not path.exists():
         z = make(*args)
@@ -71,7 +73,8 @@ class LatentCaptions:
         cells: bool = False,  # also what stands at every token
         twos: float = 0.0,  # extra share of scenes of two things, the only ones whose captions can say who stands where
     ):
-        self.latents, self.seed, self.split, self.dial, self.cells, self.share = latents, seed, split, dial, cells, twos
+        self.seed, self.split, self.dial = seed, split, dial
+        self.latents, self.cells, self.share = latents, cells, twos
         has_two = lambda i: len(scene(seed, split, i, dial).glyphs) == 2
         self.twos = [i for i in range(len(latents)) if has_two(i)] if twos else []
     def describe(self, s, k):
@@ -83,8 +86,10 @@ class LatentCaptions:
 @patch
 def __getitem__(self: LatentCaptions, k):
     two = rng(self.seed, 'twos', k).random() < self.share
-    i = self.twos[k % len(self.twos)] if two else k % len(self.latents)
-    s, z = scene(self.seed, self.split, i, self.dial), self.latents[i].float()
+    which = self.twos if two else range(len(self.latents))
+    i = which[k % len(which)]
+    s = scene(self.seed, self.split, i, self.dial)
+    z = self.latents[i].float()
     cells = dict(cells=cell_labels(s, z.shape[-1])) if self.cells else {}
     return dict(latent=z, text=self.describe(s, k), index=k, **cells)
 
@@ -92,7 +97,8 @@ def __getitem__(self: LatentCaptions, k):
 def collate(self: LatentCaptions, items: list) -> dict:
     stacked = [k for k in ('latent', 'cells') if k in items[0]]
     batch = {k: torch.stack([i[k] for i in items]) for k in stacked}
-    return dict(batch, text=[i['text'] for i in items], index=torch.tensor([i['index'] for i in items]))
+    index = torch.tensor([i['index'] for i in items])
+    return dict(batch, text=[i['text'] for i in items], index=index)
 
 # %% ../../nbs/mini/sana.ipynb #22059bc4
 class SanaObjective(Objective):
@@ -107,7 +113,8 @@ class SanaObjective(Objective):
         dcae: DCAE | None = None,  # encodes batches that bring `image` and no `latent`, as those of a corpus do
     ):
         super().__init__()
-        self.base, self.flow, self.seed, self.see, self.seen = base, flow, seed, see, None
+        self.base, self.flow, self.seed = base, flow, seed
+        self.see, self.seen = see, None
         self.dcae = freeze(dcae) if dcae else None
         if see: self._read_block(depth)
     def weights(self, progress, player='model'): return dict(flow=1., see=self.see)
@@ -124,12 +131,15 @@ def _read_block(self: SanaObjective, depth: int):
 
 @patch
 def terms(self: SanaObjective, batch, weights, player='model'):
-    with torch.no_grad():
-        x0 = self.base.normalise(batch['latent'] if 'latent' in batch else self.dcae.encode(batch['image']))
     i = batch['index']
+    with torch.no_grad():
+        z = batch['latent'] if 'latent' in batch else self.dcae.encode(batch['image'])
+        x0 = self.base.normalise(z)
     drop = uniform((), self.seed, 'prompt drop', i) < self.flow.drop
-    cond, mask = self.base.encode_text(['' if d else t for d, t in zip(drop, batch['text'])])
-    eps, sigma = normal(x0.shape[1:], self.seed, 'noise', i).to(x0), sample_sigma(self.seed, i, self.flow).to(x0)
+    texts = ['' if d else t for d, t in zip(drop, batch['text'])]
+    cond, mask = self.base.encode_text(texts)
+    eps = normal(x0.shape[1:], self.seed, 'noise', i).to(x0)
+    sigma = sample_sigma(self.seed, i, self.flow).to(x0)
     v = velocity(self.base.transformer, interpolate(x0, eps, sigma), sigma, cond, mask)
     out = dict(flow=flow_loss(v, x0, eps))
     if weights.get('see'): out['see'] = self.head(self.seen, batch['cells'])
@@ -150,7 +160,8 @@ def draw_with_sana(
     shape = c.in_channels, c.sample_size, c.sample_size
     noise = normal(shape, seed, 'draw', indices or range(len(prompts))).to(base.device)
     cond, uncond = base.encode_text(prompts), base.encode_text([''] * len(prompts))
-    return dcae.decode(base.denormalise(sample(base.transformer, cond, uncond, noise, flow))).clamp(-1, 1)
+    z = sample(base.transformer, cond, uncond, noise, flow)
+    return dcae.decode(base.denormalise(z)).clamp(-1, 1)
 
 # %% ../../nbs/mini/sana.ipynb #a81a9df1
 @torch.no_grad()
@@ -176,10 +187,13 @@ def flow_by_time(
 # %% ../../nbs/mini/sana.ipynb #12de9bc3
 def show_drawings(base, dcae, data: LatentCaptions, flow: FlowConfig, n: int = 8):
     "Pictures for held-out captions."
-    texts, rows = [data[k]['text'] for k in range(n)], -(-n // 4)
+    texts = [data[k]['text'] for k in range(n)]
+    pictures = draw_with_sana(base, dcae, texts, flow).float().cpu()
+    rows = -(-n // 4)
     fig, axs = plt.subplots(rows, 4, figsize=(8, 2.3 * rows), squeeze=False)
-    for ax, img, t in zip(axs.flat, draw_with_sana(base, dcae, texts, flow).float().cpu(), texts):
+    for ax, img, t in zip(axs.flat, pictures, texts):
+        lines = [t[i : i + 34] for i in range(0, min(len(t), 102), 34)]
         ax.imshow((img * .5 + .5).permute(1, 2, 0))
         ax.axis('off')
-        ax.set_title('\n'.join(t[i : i + 34] for i in range(0, min(len(t), 102), 34)), fontsize=6)
+        ax.set_title('\n'.join(lines), fontsize=6)
     return fig
