@@ -25,7 +25,7 @@ $(VENV)/.installed: constraints.txt settings.ini setup.py
 	touch $@
 
 repro: install   ## train SPAR in miniature and evaluate it: everything, from a clone to the tables
-	dvc pull -q data.dvc
+	dvc pull -q -r store data.dvc
 	dvc repro
 
 test: install    ## notebooks clean and in sync, nbdev_test, pytest

@@ -8,8 +8,8 @@ __all__ = ['reconstruction_mini']
 # %% ../../nbs/evaluation/reconstruction.ipynb #451d9599
 import torch
 from torch import Tensor
-from .common import in_batches
 from .metrics import compare, features, fid, summary
+from .systems import in_batches
 
 # %% ../../nbs/evaluation/reconstruction.ipynb #7f9a9cac
 @torch.no_grad()
@@ -26,8 +26,12 @@ def reconstruction_mini(
     reference = None if net is None else features(net, images)
     table = {}
     for name, reconstruct in systems.items():
-        again = in_batches(lambda a, b: reconstruct(images[a:b]).float().cpu(), len(images), batch_size)
-        columns = [compare(x, y, lpips) for x, y in zip(images.split(batch_size), again.split(batch_size))]
-        table[name] = summary({k: torch.cat([c[k] for c in columns]) for k in columns[0]}, seed)
-        if net is not None: table[name]['rfid_efflite0'] = fid(reference, features(net, again), least)
+        batch = lambda a, b: reconstruct(images[a:b]).float().cpu()
+        again = in_batches(batch, len(images), batch_size)
+        pairs = zip(images.split(batch_size), again.split(batch_size))
+        parts = [compare(x, y, lpips) for x, y in pairs]
+        columns = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        table[name] = summary(columns, seed)
+        if net is not None:
+            table[name]['rfid_efflite0'] = fid(reference, features(net, again), least)
     return table

@@ -20,19 +20,21 @@ def tune(module: nn.Module) -> nn.Module:
 def promote(
     source,  # folder with one subfolder a finished base
     target,  # data/bases
-    names: list,
+    names: list,  # of bases
 ) -> list:  # the names that were copied
     "Replace each base of `target` that `source` has."
     found = [n for n in names if (Path(source)/n).is_dir()]
     for n in found:
-        with atomic_path(Path(target)/n) as tmp: shutil.copytree(Path(source)/n, tmp)
+        with atomic_path(Path(target)/n) as tmp:
+            shutil.copytree(Path(source)/n, tmp)
     return found
 
+# %% ../../nbs/mini/promote.ipynb #50dc3adf
 def folder_size(path) -> int:
     "Bytes of all files below; 0 if there is none."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
-# %% ../../nbs/mini/promote.ipynb #50dc3adf
 def gather(folder, sizes: dict) -> dict:
     "One table of what every base reached: the JSON files of `folder` by name, and sizes in bytes."
-    return dict({f.stem: read_json(f) for f in sorted(Path(folder).glob('*.json'))}, bytes=sizes)
+    files = sorted(Path(folder).glob('*.json'))
+    return dict({f.stem: read_json(f) for f in files}, bytes=sizes)

@@ -12,7 +12,8 @@ from pathlib import Path
 from ...core import file_hash, read_json, write_json
 import torch
 from ...backbones.perceptual import load_features, load_lpips
-from ...evaluation.common import in_precision, protocol as mini_protocol
+from ...evaluation.systems import in_precision
+from ...evaluation.tables import protocol as mini_protocol
 from ...evaluation.editing import edits, imgedit_mini, run_edits
 from ...evaluation.generation import geneval_mini, geneval_prompts, run_prompts, wise_mini, wise_prompts
 from ...evaluation.metrics import clean

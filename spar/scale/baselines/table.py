@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from ...core import atomic_path, file_hash, one_of, pick_device, write_json
 import torch
-from ...evaluation.common import markdown_table
+from ...evaluation.tables import markdown_table
 from .adapters import Lazy, system_of
 from spar.scale.baselines.glyphs import (
     Context, editing_on_glyphs, generation_on_glyphs, opened, reconstruction_on_glyphs, riddles_on_glyphs,
