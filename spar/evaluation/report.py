@@ -63,15 +63,14 @@ def run_summary(
     understanding: dict,
     generation: dict,
     editing: dict,  # the four metrics files
-) -> dict:  # name -> number, each score followed by its ruler
-    "What `dvc metrics show` prints of a run."
-    glyphs, rulers = reconstruction['glyphs'], generation['rulers']
+) -> dict:  # name -> number, rounded to three digits
+    "What `dvc metrics show` prints of a run: scores, and after an underscore the ruler of the score before."
+    glyphs = reconstruction['glyphs']
     numbers = dict(
         psnr=glyphs['spar']['psnr'], psnr_dcae=glyphs['dcae']['psnr'],
-        answers=understanding['spar']['overall'], answers_base=understanding['base']['overall'],
-        geneval=generation['geneval_mini']['overall'], geneval_sana=rulers['sana_base'],
-        wise=generation['wise_mini']['overall'], wise_chance=rulers['chance_wise'],
-        imgedit=editing['imgedit_mini']['overall'], imgedit_copy=editing['rulers']['copy_input'],
+        vqa=understanding['spar']['overall'], vqa_base=understanding['base']['overall'],
+        geneval=generation['geneval_mini']['overall'], geneval_sana=generation['rulers']['sana_base'],
+        wise=generation['wise_mini']['overall'], imgedit=editing['imgedit_mini']['overall'],
     )
     return {name: round(value, 3) for name, value in numbers.items()}
 
