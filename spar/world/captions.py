@@ -7,6 +7,7 @@ __all__ = ['NUMBERS', 'OPENINGS', 'GROUNDS', 'RELATIONS', 'STYLE_WORDS', 'articl
            'ground_text', 'describe', 'caption', 'colourless']
 
 # %% ../../nbs/world/captions.ipynb #2e231032
+import itertools
 from dataclasses import replace
 from ..core import rng
 import numpy as np
@@ -29,7 +30,8 @@ def plural(name: str) -> str: return name + ('es' if name.endswith('s') else 's'
 
 def thing_text(name: str, colour: str | None = None, count: int = 1, turn: int = 0) -> str:
     "'a red heart', 'three airplanes', 'a blue crown upside down'."
-    noun = ' '.join(w for w in (colour, name if count == 1 else plural(name)) if w)
+    noun = name if count == 1 else plural(name)
+    if colour: noun = f'{colour} {noun}'
     text = article(noun) if count == 1 else f'{NUMBERS[count]} {noun}'
     return text + (' upside down' if turn == 2 else '')
 
@@ -38,7 +40,8 @@ def groups(scene: Scene) -> list[tuple]:
     "`((name, colour, turn), count)` in order of appearance."
     out = {}
     for g in scene.glyphs:
-        out[g.name, g.colour, g.turn] = out.get((g.name, g.colour, g.turn), 0) + 1
+        key = (g.name, g.colour, g.turn)
+        out[key] = out.get(key, 0) + 1
     return list(out.items())
 
 # %% ../../nbs/world/captions.ipynb #0f2e4a7c
@@ -78,20 +81,24 @@ def describe(
     return ' '.join(w for w in words if w)
 
 # %% ../../nbs/world/captions.ipynb #bb76d159
-_TEMPLATES = [(o, b, r) for o in range(len(OPENINGS)) for b in range(len(GROUNDS)) for r in range(2)]
-_TEMPLATE_SPLIT = {t: 'test' if (t[0] + 2 * t[1]) % 5 == 0 else 'train' for t in _TEMPLATES}
+_TEMPLATES = list(itertools.product(range(len(OPENINGS)), range(len(GROUNDS)), range(2)))
+
+def _reserved(template: tuple) -> bool:
+    "Whether a template is seen in testing only."
+    opening, ground, _ = template
+    return (opening + 2 * ground) % 5 == 0
 
 def _template(g: np.random.Generator, split: str) -> tuple:
     "One of the split's templates ('val' shares those of 'train')."
-    wanted = 'test' if split == 'test' else 'train'
-    pool = [t for t in _TEMPLATES if _TEMPLATE_SPLIT[t] == wanted]
+    pool = [t for t in _TEMPLATES if _reserved(t) == (split == 'test')]
     return pool[g.integers(len(pool))]
 
 # %% ../../nbs/world/captions.ipynb #91197d1a
 def caption(scene: Scene, seed: int, index: int, split: str = 'train') -> str:
     "Caption number `index` of a scene: template, whether a relation is said, and order are drawn."
     g = rng(seed, f'caption/{split}', index)
-    return describe(scene, _template(g, split), related=g.random() < .7, swap=g.random() < .5)
+    t = _template(g, split)
+    return describe(scene, t, related=g.random() < .7, swap=g.random() < .5)
 
 # %% ../../nbs/world/captions.ipynb #38b94185
 def colourless(scene: Scene, seed: int, index: int, split: str = 'train') -> str:

@@ -50,7 +50,8 @@ def _weighted(parts: dict) -> tuple[list, list, list]:
     used = {n: (d, w) for n, (d, w) in parts.items() if w > 0}
     if not used: raise ValueError('Mixture: every part has weight 0; give at least one a positive weight.')
     total = sum(w for _, w in used.values())
-    return list(used), [d for d, _ in used.values()], [w / total for _, w in used.values()]
+    datasets = [d for d, _ in used.values()]
+    return list(used), datasets, [w / total for _, w in used.values()]
 
 # %% ../../nbs/world/datasets.ipynb #5ae57ca4
 class Mixture:
@@ -78,8 +79,9 @@ class Mixture:
 def _samples(batch: dict, drop) -> list[dict]:
     "A batch taken apart, without the fields in `drop`."
     fields = {k: v for k, v in batch.items() if k not in drop}
+    n = len(batch['index'])
     one = lambda v, i: v[i].clone() if torch.is_tensor(v) else v[i]
-    return [{k: one(v, i) for k, v in fields.items()} for i in range(len(batch['index']))]
+    return [{k: one(v, i) for k, v in fields.items()} for i in range(n)]
 
 # %% ../../nbs/world/datasets.ipynb #20ce514a
 class TensorCache:

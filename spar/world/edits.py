@@ -43,7 +43,9 @@ def _changed_region(source: Scene, target: Scene, margin: int = 2) -> np.ndarray
     for a, b in ((source, target), (target, source)):
         for g, (_, _, x0, y0, x1, y1) in zip(a.glyphs, boxes(a)):
             if g in b.glyphs: continue
-            out[max(0, y0 - margin):y1 + margin, max(0, x0 - margin):x1 + margin] = True
+            rows = slice(max(0, y0 - margin), y1 + margin)
+            columns = slice(max(0, x0 - margin), x1 + margin)
+            out[rows, columns] = True
     if source.background != target.background:
         same = [coverage(g) for g in source.glyphs if g in target.glyphs]
         out |= (np.max(same, axis=0) < 1) if same else True
@@ -54,8 +56,8 @@ _SIDES = {(17, 32): 'left', (47, 32): 'right', (32, 17): 'top', (32, 47): 'botto
 
 def _side_of(g: Glyph) -> str:
     "Which of the four positions of a two-thing scene is nearest to this thing."
-    nearest = min(_SIDES, key=lambda p: (p[0] - g.x) ** 2 + (p[1] - g.y) ** 2)
-    return _SIDES[nearest]
+    distance = lambda spot: (spot[0] - g.x) ** 2 + (spot[1] - g.y) ** 2
+    return _SIDES[min(_SIDES, key=distance)]
 
 # %% ../../nbs/world/edits.ipynb #ad0cc8d4
 def _other_colour(g, d: Dial, x: Glyph, ground_colour: str) -> str:
@@ -148,12 +150,13 @@ _EDIT_THINGS = dict(                # how many things the source may have
 # %% ../../nbs/world/edits.ipynb #cb44b5d9
 def _ambiguous(kind: str, s: Scene) -> bool:
     "Would 'the heart' mean two things, or a turn change nothing?"
-    if len(s.glyphs) == 2 and s.glyphs[0].name == s.glyphs[1].name: return True
+    if len({x.name for x in s.glyphs}) < len(s.glyphs): return True
     return kind == 'action' and s.glyphs[0].name in SYMMETRIC
 
 def _admissible(source: Scene, target: Scene, split: str) -> bool:
     "Does the edit change something that can be seen, and does training show only training scenes?"
-    if split == 'train' and {split_of(meaning(t)) for t in (source, target)} != {'train'}: return False
+    shown = {split_of(meaning(s)) for s in (source, target)}
+    if split == 'train' and shown != {'train'}: return False
     if target.style == 'grey':
         if not survives_grey(target): return False
         change = np.abs(render(source).astype(int) - render(target))

@@ -35,7 +35,8 @@ def _photo(path: str) -> Image.Image:
     img = Image.open(file).convert('RGB')
     k = 320 / min(img.size)
     if k >= 1: return img
-    return img.resize((round(img.width * k), round(img.height * k)), Image.BICUBIC)
+    size = round(img.width * k), round(img.height * k)
+    return img.resize(size, Image.BICUBIC)
 
 # %% ../../nbs/world/photos.ipynb #ec54c00a
 def crop(seed: int, split: str, index: int, side: int = SIDE) -> np.ndarray:
@@ -43,7 +44,8 @@ def crop(seed: int, split: str, index: int, side: int = SIDE) -> np.ndarray:
     g = rng(seed, f'photo/{split}', index)
     names = _PHOTOS['test' if split == 'test' else 'train']
     img = _photo(names[g.integers(len(names))])
-    size = min(int(side * (1 + 3 * g.random())), *img.size)
+    size = int(side * (1 + 3 * g.random()))
+    size = min(size, *img.size)
     x = int(g.integers(img.width - size + 1))
     y = int(g.integers(img.height - size + 1))
     small = img.resize((side, side), Image.BICUBIC, box=(x, y, x + size, y + size))

@@ -22,8 +22,10 @@ class Question:
 # %% ../../nbs/world/questions.ipynb #cb2f8239
 QUESTION_KINDS = ('existence', 'count', 'colour', 'position', 'object')
 CHANCE = dict(
-    existence=1 / 2, count=1 / 4, colour=1 / 6, position=1 / 2, object=1 / 12,
-    pairs=1 / 4, riddles=(1 / 12 + 1 / 6) / 2, wise=1 / 72,
+    existence=1 / 2, count=1 / 4, colour=1 / 6,
+    position=1 / 2, object=1 / 12,
+    pairs=1 / 4,
+    riddles=(1 / 12 + 1 / 6) / 2, wise=1 / 72,
 )
 
 # %% ../../nbs/world/questions.ipynb #6519f4da
@@ -40,8 +42,10 @@ def _ask_existence(s: Scene, g, d: Dial) -> Question:
     if no:
         have = {(x.name, x.colour) for x in s.glyphs}
         while pair in have or pair in HELD_OUT:
-            if g.random() < .5: pair = (d.objects[g.integers(len(d.objects))], pair[1])
-            else: pair = (pair[0], d.colours[g.integers(len(d.colours))])
+            name, colour = pair
+            if g.random() < .5: name = d.objects[g.integers(len(d.objects))]
+            else: colour = d.colours[g.integers(len(d.colours))]
+            pair = (name, colour)
     return Question('existence', f'is there {thing_text(*pair)} ?', 'no' if no else 'yes')
 
 # %% ../../nbs/world/questions.ipynb #1d110f20
@@ -109,7 +113,7 @@ def exam(
     d = DIALS[dial]
     answers = _answers(one_of(kind, QUESTION_KINDS, 'question'), d)
     wanted = answers[index % len(answers)]
-    least = {'count': NUMBERS.index(wanted) if wanted in NUMBERS else None, 'position': 2}.get(kind)
+    least = NUMBERS.index(wanted) if kind == 'count' else 2 if kind == 'position' else None
     for attempt in range(10000):
         g = rng(seed, f'exam/{kind}/{split}/{attempt}', index)
         number = int(g.integers(2**31))
@@ -119,16 +123,19 @@ def exam(
     raise RuntimeError(f'no exam question {kind} {index}')
 
 # %% ../../nbs/world/questions.ipynb #cc379509
-_OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
-
 def _counterpart(kind: str, a: Scene, g, d: Dial) -> Scene:
     "The scene with its two things exchanged, or with another object or colour for its one thing."
     if kind == 'position':
         p, q = a.glyphs
-        return replace(a, glyphs=(replace(p, name=q.name, colour=q.colour), replace(q, name=p.name, colour=p.colour)))
+        first = replace(p, name=q.name, colour=q.colour)
+        second = replace(q, name=p.name, colour=p.colour)
+        return replace(a, glyphs=(first, second))
     name, colour = draw_thing(g, d, a.background.colour)
     change = dict(name=name) if kind == 'object' else dict(colour=colour)
     return replace(a, glyphs=(replace(a.glyphs[0], **change),))
+
+# %% ../../nbs/world/questions.ipynb #64cbd23f
+_OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 
 def _ask_both(kind: str, a: Scene, b: Scene, g, d: Dial) -> list[Question] | None:
     "The same question of two such scenes; None where it cannot be asked."

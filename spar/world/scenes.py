@@ -24,8 +24,10 @@ GLYPHS = dict(
     phone='☎', cup='☕', gear='⚙', skull='☠', flower='✿', moon='☾',
 )
 COLOURS = dict(
-    red=(220, 40, 40), green=(40, 165, 70), blue=(45, 90, 235), yellow=(245, 205, 40),
-    white=(245, 245, 245), black=(25, 25, 25), orange=(240, 130, 30), purple=(140, 60, 180),
+    red=(220, 40, 40), green=(40, 165, 70),
+    blue=(45, 90, 235), yellow=(245, 205, 40),
+    white=(245, 245, 245), black=(25, 25, 25),
+    orange=(240, 130, 30), purple=(140, 60, 180),
 )
 
 # %% ../../nbs/world/scenes.ipynb #812c3c95
@@ -86,7 +88,8 @@ def mask(
     "Coverage of one glyph; cached, since the same few hundred masks draw every scene."
     big = _outline_source(name)
     k = size / max(big.size)
-    width, height = max(1, round(big.width * k)), max(1, round(big.height * k))
+    width = max(1, round(big.width * k))
+    height = max(1, round(big.height * k))
     small = big.resize((width, height), Image.BOX)
     return np.rot90(np.asarray(small, np.float32) / 255, turn)
 
@@ -126,7 +129,8 @@ class Scene:
 # %% ../../nbs/world/scenes.ipynb #92d83b9a
 def axis_of(a: Glyph, b: Glyph) -> str:
     "'x' if two things differ more from left to right, 'y' if from top to bottom."
-    return 'x' if abs(a.x - b.x) > abs(a.y - b.y) else 'y'
+    across, down = abs(a.x - b.x), abs(a.y - b.y)
+    return 'x' if across > down else 'y'
 
 # %% ../../nbs/world/scenes.ipynb #73e2fb9b
 @functools.lru_cache(1024)
@@ -137,12 +141,12 @@ def _weave(
     "How much of the second tone each pixel has; cached, since colours multiply the patterns."
     one_of(texture, TEXTURES, 'texture')
     y, x = np.mgrid[:side, :side]
-    half = period / 2
+    px, py, half = x + phase, y + phase, period / 2
     if texture == 'plain': mix = np.zeros_like(x)
     elif texture == 'gradient': mix = (x, y, (x + y) / 2)[direction] / (side - 1)
-    elif texture == 'stripes': mix = ((x, y, x + y)[direction] + phase) % period < half
-    elif texture == 'dots': mix = ((x + phase) % period < half) & ((y + phase) % period < half)
-    else: mix = ((x + phase) // 2 + (y + phase) // 2) % 2
+    elif texture == 'stripes': mix = (px, py, px + y)[direction] % period < half
+    elif texture == 'dots': mix = (px % period < half) & (py % period < half)
+    else: mix = (px // 2 + py // 2) % 2
     return np.float32(mix)[..., None]
 
 # %% ../../nbs/world/scenes.ipynb #98ac6674
@@ -166,7 +170,8 @@ def _stamp(g: Glyph, side: int = SIDE) -> tuple:
     x0, y0 = round(g.x - w / 2), round(g.y - h / 2)
     ys = slice(max(0, y0), min(side, y0 + h))
     xs = slice(max(0, x0), min(side, x0 + w))
-    return m[ys.start - y0:ys.stop - y0, xs.start - x0:xs.stop - x0], ys, xs
+    inside = m[ys.start - y0:ys.stop - y0, xs.start - x0:xs.stop - x0]
+    return inside, ys, xs
 
 # %% ../../nbs/world/scenes.ipynb #08be2e65
 def boxes(scene: Scene) -> list[tuple]:
@@ -186,16 +191,21 @@ def coverage(g: Glyph, side: int = SIDE) -> np.ndarray:
     return out
 
 # %% ../../nbs/world/scenes.ipynb #f945141d
-_NEAR = ((0, 2), (0, -2), (2, 0), (-2, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+_NEAR = (
+    (0, 2), (0, -2), (2, 0), (-2, 0),
+    (1, 1), (1, -1), (-1, 1), (-1, -1),
+)
 
 def _in_outline(m: np.ndarray) -> np.ndarray:
     "The rim of a coverage mask: ink that has non-ink within two pixels."
     h, w = m.shape
     p = np.pad(m, 2)
-    moved = [p[2 + dy:2 + dy + h, 2 + dx:2 + dx + w] for dy, dx in _NEAR]
+    moved = [p[y:y + h, x:x + w] for y, x in np.add(_NEAR, 2)]
     return np.clip(m - np.min(moved, axis=0), 0, 1)
 
 # %% ../../nbs/world/scenes.ipynb #310e7ed3
+_BRIGHTNESS = (.299, .587, .114)       # of red, green and blue
+
 def render(
     scene: Scene,
     side: int = SIDE,
@@ -209,7 +219,8 @@ def render(
         img[ys, xs] += m[..., None] * (ink - img[ys, xs])
     if scene.style == 'inverted': img = 255 - img
     if scene.style == 'grey':
-        img[:] = (img @ np.array([.299, .587, .114], np.float32))[..., None]
+        grey = img @ np.array(_BRIGHTNESS, np.float32)
+        img[:] = grey[..., None]
     out = np.rint(img).clip(0, 255).astype(np.uint8)
     if side == SIDE: return out
     return np.asarray(Image.fromarray(out).resize((side, side), Image.BICUBIC))
@@ -243,7 +254,7 @@ def fits(name: str, colour: str, ground_colour: str) -> bool:
 
 def survives_grey(scene: Scene) -> bool:
     "Does every thing still differ from its ground when only brightness is left? (Red on blue does not.)"
-    bright = lambda c: float(np.dot(COLOURS[c], (.299, .587, .114)))
+    bright = lambda c: float(np.dot(COLOURS[c], _BRIGHTNESS))
     ground = bright(scene.background.colour)
     return all(abs(bright(x.colour) - ground) > 40 for x in scene.glyphs)
 
@@ -251,9 +262,11 @@ def survives_grey(scene: Scene) -> bool:
 def draw_background(g: np.random.Generator, colours, plain: float = 0.45) -> Background:
     "A ground: plain with probability `plain`, else one of the four textures."
     texture = 'plain' if g.random() < plain else TEXTURES[1 + g.integers(4)]
-    tone = (.25 + .2 * g.random()) * (1 if g.random() < .5 else -1)
+    tone = .25 + .2 * g.random()
+    if g.random() >= .5: tone = -tone
     colour = colours[g.integers(len(colours))]
-    period, phase, direction = int(3 + g.integers(2)), int(g.integers(4)), int(g.integers(3))
+    period = int(3 + g.integers(2))
+    phase, direction = int(g.integers(4)), int(g.integers(3))
     return Background(colour, texture, round(tone, 2), period, phase, direction)
 
 # %% ../../nbs/world/scenes.ipynb #13de778d
@@ -277,9 +290,11 @@ def draw_thing(
 def _draw_things(g: np.random.Generator, dial: Dial, n: int, ground_colour: str, pairs: str) -> list[tuple]:
     "n things: for three and four mostly one kind counted, sometimes two kinds; two are mostly different."
     first = draw_thing(g, dial, ground_colour, pairs)
-    if n == 1 or g.random() < {2: .2, 3: .6, 4: .6}[n]: return [first] * n
+    if n == 1: return [first]
+    if g.random() < {2: .2, 3: .6, 4: .6}[n]: return [first] * n
     second = first
-    while second[0] == first[0]: second = draw_thing(g, dial, ground_colour, 'seen', taken=(first,))
+    while second[0] == first[0]:
+        second = draw_thing(g, dial, ground_colour, 'seen', taken=(first,))
     k = 1 if n == 2 else int(1 + g.integers(n - 1))
     things = [first] * k + [second] * (n - k)
     return [things[i] for i in g.permutation(n)]
@@ -296,10 +311,11 @@ PLACES = {
 def place(g: np.random.Generator, dial: Dial, things: list, layout=None) -> tuple:
     "Glyphs of (name, colour) pairs: positions of one of the layouts in `PLACES`, slightly jittered, and sizes."
     n = len(things)
-    spots = PLACES[n][g.integers(len(PLACES[n]))] if layout is None else layout
+    layouts = PLACES[n]
+    if layout is None: layout = layouts[g.integers(len(layouts))]
     (lo, hi), j = dial.sizes[n], dial.jitter[n]
     out = []
-    for (name, colour), spot in zip(things, spots):
+    for (name, colour), spot in zip(things, layout):
         x, y = (int(c + g.integers(-j, j + 1)) for c in spot)
         out.append(Glyph(name, colour, x, y, int(g.integers(lo, hi + 1))))
     return tuple(out)
