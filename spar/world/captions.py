@@ -24,9 +24,13 @@ RELATIONS = {
 STYLE_WORDS = dict(outline='as an outline drawing', inverted='in inverted colours', grey='in grey')
 
 # %% ../../nbs/world/captions.ipynb #cb838d85
-def article(word: str) -> str: return ('an ' if word[0] in 'aeiou' else 'a ') + word
+def article(word: str) -> str:
+    "'a heart', 'an umbrella'."
+    return f'an {word}' if word[0] in 'aeiou' else f'a {word}'
 
-def plural(name: str) -> str: return name + ('es' if name.endswith('s') else 's')
+def plural(name: str) -> str:
+    "'hearts', 'crosses'."
+    return name + ('es' if name.endswith('s') else 's')
 
 def thing_text(name: str, colour: str | None = None, count: int = 1, turn: int = 0) -> str:
     "'a red heart', 'three airplanes', 'a blue crown upside down'."
