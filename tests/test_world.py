@@ -1,8 +1,10 @@
 """Splits are disjoint, samples depend on (seed, split, index) and on nothing else."""
 import numpy as np
 import pytest, torch
-from spar.world import datasets as data
 from spar.world import scenes as world
+from spar.world.datasets import PhotoCrops, SceneImages
+from spar.world.edits import edit, EDIT_KINDS
+from spar.world.tasks import Edits, Questions, Riddles, SceneCaptions
 from spar.core import seed_for
 
 N = 400
@@ -21,10 +23,10 @@ def test_held_out_pairs_never_appear_in_training():
 def test_edits_and_generation_prompts_do_not_train_on_test_scenes():
     test = meanings('test')
     for k in range(90):
-        e = world.edit(world.EDIT_KINDS[k % 9], 0, 'train', k)
+        e = edit(EDIT_KINDS[k % 9], 0, 'train', k)
         assert world.meaning(e.source) not in test
 
-DATASETS = [data.SceneImages, data.SceneCaptions, data.Questions, data.Riddles, data.Edits, data.PhotoCrops]
+DATASETS = [SceneImages, SceneCaptions, Questions, Riddles, Edits, PhotoCrops]
 
 @pytest.mark.parametrize('kind', DATASETS, ids=lambda k: k.__name__)
 def test_a_sample_is_a_function_of_its_index(kind):
@@ -35,7 +37,7 @@ def test_a_sample_is_a_function_of_its_index(kind):
     assert not same(one[7], {**one[8], 'index': 7}) and not same(one[7], kind(4, 'train')[7])
 
 def test_photographs_are_split_by_photograph():
-    crops = {s: torch.stack([data.PhotoCrops(0, s)[k]['image'] for k in range(12)]) for s in ('train', 'val', 'test')}
+    crops = {s: torch.stack([PhotoCrops(0, s)[k]['image'] for k in range(12)]) for s in ('train', 'val', 'test')}
     assert not any(torch.equal(a, b) for a in crops['train'] for b in torch.cat([crops['val'], crops['test']]))
 
 def test_purposes_do_not_share_random_numbers():
