@@ -111,6 +111,7 @@ def _check_options(parser, args):
         )
     if args.judge_local and args.judge_url: raise ValueError('one judge: --judge-url or --judge-local.')
 
+# %% ../../../nbs/scale/benchmarks/cli.ipynb #3323acd7
 def _require(args, *names: str):
     "Options that this benchmark cannot do without."
     lacking = [n for n in names if getattr(args, n) is None]

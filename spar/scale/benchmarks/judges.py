@@ -194,7 +194,8 @@ def _whole_lines(path: Path):
     for n, line in enumerate(raw[:raw.rfind(b'\n') + 1].splitlines(), 1):
         try: yield json.loads(line)
         except ValueError:
-            raise ValueError(f'{path}, line {n} is damaged. Delete that line; its question is then asked again.') from None
+            advice = 'Delete that line; its question is then asked again.'
+            raise ValueError(f'{path}, line {n} is damaged. {advice}') from None
 
 # %% ../../../nbs/scale/benchmarks/judges.ipynb #a23a69ef
 class Ledger:
@@ -266,7 +267,8 @@ def ask_all(
     try: _in_threads(lambda q: _ask_one(judge, q, ledger, parse, readings), mine, workers)
     except JudgeError as e:
         left = sum(q.key not in ledger.known for q in mine)
-        raise JudgeError(f'{e} {left} of {len(mine)} questions are left; the same command goes on with them.') from None
+        rest = f'{left} of {len(mine)} questions are left; the same command goes on with them.'
+        raise JudgeError(f'{e} {rest}') from None
 
 # %% ../../../nbs/scale/benchmarks/judges.ipynb #39c42fff
 class Unfinished(ValueError):

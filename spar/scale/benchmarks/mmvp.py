@@ -103,6 +103,7 @@ LMMS_TASKS = {
     'mmvet': 'MM-Vet, graded by a language model: needs OPENAI_API_KEY',
 }
 
+# %% ../../../nbs/scale/benchmarks/mmvp.ipynb #d6beff5b
 def lmms_commands(
     model: str,  # folder that `spar_export` wrote
     out: str,  # folder for its logs

@@ -70,6 +70,7 @@ def _resized(x: torch.Tensor, side: int) -> torch.Tensor:    # uint8 -> uint8
     x = torch.nn.functional.interpolate(x.float(), (side, side), mode='bicubic', antialias=True)
     return x.clamp(0, 255).round().to(torch.uint8)
 
+# %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #fb379b71
 def _measure(
     x: torch.Tensor,  # originals uint8 [B, 3, S, S]
     y: torch.Tensor,  # reconstructions in [-1, 1] [B, 3, S', S']
@@ -118,6 +119,31 @@ def _reconstruct_shard(batches, reconstruct, measure, side: int, compare: int, d
         for k, v in measure(x, y, compare).items(): parts[k].append(v)
     return {k: torch.cat(v) for k, v in parts.items()}
 
+# %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #0839ee61
+def _shards(files: list, size: int, folder: Path, columns_of, rank: int, world: int) -> list | None:
+    "Columns of all shards, computed for this process where no file has them; None while others are missing."
+    from safetensors.torch import load_file, save_file
+    folder.mkdir(exist_ok=True)
+    parts = [files[i:i + size] for i in range(0, len(files), size)]
+    paths = [folder/f'{size}-{k:05}.safetensors' for k in range(len(parts))]
+    for part, path in list(zip(parts, paths))[rank::world]:
+        if path.is_file(): continue
+        with torch.no_grad(): columns = columns_of(part)
+        with written(path) as tmp: save_file(columns, tmp)
+    return [load_file(p) for p in paths] if all(p.is_file() for p in paths) else None
+
+# %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #999485e4
+def _reconstruction_result(shards: list, facts: dict, system: dict, out, least: int) -> dict:
+    "Means and rFID; written to result.json."
+    columns = {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+    real, fake = columns.pop('real', None), columns.pop('fake', None)
+    means = {k: v.double().mean().item() for k, v in columns.items()}
+    numbers = dict(means, pictures=len(columns['psnr']))
+    if real is not None: numbers['rfid_inception'] = frechet(real, fake) if len(real) >= least else None
+    full = clean(numbers) | dict(protocol=facts, system=system)
+    write_result(Path(out)/'result.json', full)
+    return full
+
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #0eada11d
 def _sha256(path) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -135,17 +161,6 @@ def _reconstruction_protocol(folder, files, side, compare, inception_weights, vg
         rfid=rfid and dict(weights=rfid, against='the same pictures', **versions('torchmetrics', 'torch-fidelity')),
         lpips=lpips and dict(net='vgg', weights=lpips, **versions('lpips')),
     )
-
-# %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #999485e4
-def _reconstruction_result(columns: dict, facts: dict, system: dict, out, least: int) -> dict:
-    "Means and rFID; written to result.json."
-    real, fake = columns.pop('real', None), columns.pop('fake', None)
-    means = {k: v.double().mean().item() for k, v in columns.items()}
-    numbers = dict(means, pictures=len(columns['psnr']))
-    if real is not None: numbers['rfid_inception'] = frechet(real, fake) if len(real) >= least else None
-    full = clean(numbers) | dict(protocol=facts, system=system)
-    write_result(Path(out)/'result.json', full)
-    return full
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #4dc58552
 def run_reconstruction(
@@ -166,20 +181,13 @@ def run_reconstruction(
     world: int = 1,
 ) -> dict | None:  # None while shards of other processes are missing
     "Means over all pictures, native or resized."
-    from safetensors.torch import load_file, save_file
-    device, files, compare = torch.device(device or pick_device()), _picture_files(folder, limit), compare or side
+    device, files = torch.device(device or pick_device()), _picture_files(folder, limit)
+    compare = compare or side
     net = lambda make, path: None if path is None else make(path).to(device)
     measure = partial(_measure, lpips=net(PerceptualVGG, vgg_weights), features=net(inception, inception_weights))
     facts = _reconstruction_protocol(folder, files, side, compare, inception_weights, vgg_weights)
     out = open_run(out, system, facts)
-    (out/'shards').mkdir(exist_ok=True)
-    parts = [files[i:i + shard] for i in range(0, len(files), shard)]
-    paths = [out/'shards'/f'{shard}-{k:05}.safetensors' for k in range(len(parts))]
-    for part, path in list(zip(parts, paths))[rank::world]:
-        if path.is_file(): continue
-        batches = _batches(part, folder, side, batch_size)
-        with torch.no_grad(): columns = _reconstruct_shard(batches, reconstruct, measure, side, compare, device)
-        with written(path) as tmp: save_file(columns, tmp)
-    if not all(p.is_file() for p in paths): return None
-    columns = [load_file(p) for p in paths]
-    return _reconstruction_result({k: torch.cat([c[k] for c in columns]) for k in columns[0]}, facts, system, out, least)
+    batches = lambda part: _batches(part, folder, side, batch_size)
+    columns_of = lambda part: _reconstruct_shard(batches(part), reconstruct, measure, side, compare, device)
+    shards = _shards(files, shard, out/'shards', columns_of, rank, world)
+    return None if shards is None else _reconstruction_result(shards, facts, system, out, least)
