@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from ...core import file_hash, one_of, pick_device
 import numpy as np
@@ -88,7 +89,8 @@ def geneval_verdict(
         if fault: wrong.append(fault)
     for want in asked.get('exclude', []):
         name, n = want['class'], len(objects.get(want['class'], []))
-        if n >= want['count']: wrong.append(f'{n} {name}, {want["count"]} are too many')
+        if n >= want['count']:
+            wrong.append(f'{n} {name}, {want["count"]} are too many')
     return '; '.join(wrong)
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #d357c9aa
@@ -102,21 +104,23 @@ def _instances(
 ) -> tuple:  # scores [n], classes [n], masks bool [n, H, W]
     "Objects of one picture: class probability times mean mask probability."
     from torch.nn.functional import interpolate
-    p, C = classes.float().softmax(-1)[:, :-1].flatten(), classes.shape[1] - 1
+    C = classes.shape[1] - 1
+    p = classes.float().softmax(-1)[:, :-1].flatten()
     top, which = p.topk(min(most, len(p)))
     big = interpolate(masks[None].float(), padded, mode='bilinear', align_corners=False)
     big = big[..., :inside[0], :inside[1]]
     big = interpolate(big, size, mode='bilinear', align_corners=False)[0][which // C]
     on = big > 0
-    scores = top * (big.sigmoid() * on).flatten(1).sum(1) / (on.flatten(1).sum(1) + 1e-6)
-    return scores, which % C, on
+    inner = (big.sigmoid() * on).flatten(1).sum(1)
+    return top * inner / (on.flatten(1).sum(1) + 1e-6), which % C, on
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #ca3190e5
 def _box_of(mask: np.ndarray) -> tuple | None:
     "x0, y0, x1, y1 around what is on; None for nothing."
     ys, xs = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
     if not len(xs): return None
-    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+    (x0, x1), (y0, y1) = ((int(n[0]), int(n[-1]) + 1) for n in (xs, ys))
+    return x0, y0, x1, y1
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #423f57d4
 class GenEvalJudge:
@@ -129,16 +133,18 @@ class GenEvalJudge:
         device=None,
     ):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
-        self.device, self.names, self.texts = torch.device(device or pick_device()), names, {}
+        self.device = torch.device(device or pick_device())
+        self.names, self.texts = names, {}
         load = lambda cls, path: cls.from_pretrained(path).to(self.device).eval()
         self.detector, self.clip = load(Mask2FormerForUniversalSegmentation, detector), load(CLIPModel, clip)
         self.detector_input, self.clip_input = map(AutoImageProcessor.from_pretrained, (detector, clip))
         self.tokenizer = AutoTokenizer.from_pretrained(clip)
-        n, hashes = self.detector.config.num_labels, dict(detector=file_hash(detector), clip=file_hash(clip))
+        n = self.detector.config.num_labels
         if n != len(names):
             raise ValueError(
                 f'{detector} knows {n} classes, GenEval names {len(names)}: take the COCO instance checkpoint.'
             )
+        hashes = dict(detector=file_hash(detector), clip=file_hash(clip))
         self.facts = dict(kind='geneval-hf', **hashes, **versions('transformers'))
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #64c031ba
@@ -148,11 +154,11 @@ def detect(self: GenEvalJudge, image: Image.Image, threshold: float, most: int =
     "class -> at most `most` objects above the threshold, the surest first."
     x = self.detector_input(images=image, return_tensors='pt').to(self.device)
     out, valid = self.detector(**x), x['pixel_mask'][0]
-    inside, size = (int(valid.any(1).sum()), int(valid.any(0).sum())), (image.height, image.width)
-    scores, kinds, masks = _instances(
-        out.class_queries_logits[0], out.masks_queries_logits[0], tuple(valid.shape), inside, size
-    )
-    objects, sure = defaultdict(list), (scores > threshold).nonzero()[:, 0]
+    inside = tuple(int(valid.any(dim).sum()) for dim in (1, 0))
+    classes, masks = out.class_queries_logits[0], out.masks_queries_logits[0]
+    scores, kinds, masks = _instances(classes, masks, tuple(valid.shape), inside, (image.height, image.width))
+    objects = defaultdict(list)
+    sure = (scores > threshold).nonzero()[:, 0]
     for k in sure[scores[sure].argsort(descending=True)].tolist():
         mask = masks[k].cpu().numpy()
         if box := _box_of(mask):
@@ -170,7 +176,8 @@ def _colour_texts(self: GenEvalJudge, name: str) -> torch.Tensor:   # [10, D]
         x = self.tokenizer(lines, padding=True, return_tensors='pt').to(self.device)
         unit = torch.nn.functional.normalize
         texts = unit(self.clip.get_text_features(**x).pooler_output, dim=-1)
-        self.texts[name] = unit(texts.unflatten(0, (-1, 3)).mean(1), dim=-1)
+        texts = texts.unflatten(0, (-1, 3)).mean(1)
+        self.texts[name] = unit(texts, dim=-1)
     return self.texts[name]
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #65e867e7
@@ -181,7 +188,8 @@ def colours(self: GenEvalJudge, image: Image.Image, objects: list, name: str) ->
     grey = Image.new('RGB', image.size, '#999')
     crops = [Image.composite(image, grey, Image.fromarray(o.mask)).crop(o.box) for o in objects]
     x = self.clip_input(images=crops, return_tensors='pt').to(self.device)
-    picks = (self.clip.get_image_features(**x).pooler_output @ self._colour_texts(name).T).argmax(-1)
+    features = self.clip.get_image_features(**x).pooler_output
+    picks = (features @ self._colour_texts(name).T).argmax(-1)
     return [GENEVAL_COLOURS[k] for k in picks.tolist()]
 
 @patch
@@ -202,37 +210,43 @@ def load_geneval(folder, limit: int | None = None, known: dict | None = None) ->
     return rows, prompt_file(folder, _NAMES, known).split('\n')[:80]
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #68f60bf2
+def _name(row: dict) -> str:
+    "Of the folder of a prompt."
+    return f'{row["number"]:05}'
+
 def _published_layout(rows: list, out):
     "metadata.jsonl beside the samples of every prompt."
     for r in rows:
-        with written(Path(out)/f'{r["number"]:05}'/'metadata.jsonl') as tmp:
-            tmp.write_text(json.dumps({k: v for k, v in r.items() if k != 'number'}) + '\n')
+        row = {k: v for k, v in r.items() if k != 'number'}
+        with written(Path(out)/_name(r)/'metadata.jsonl') as tmp: tmp.write_text(json.dumps(row) + '\n')
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #61c495af
 def geneval_result(rows: list, right: dict, images: int, seed: int = 0) -> dict:
     "Tasks, each over its pictures, and their unweighted mean."
     tasks = defaultdict(list)
     for r in rows:
-        mine = [right[f'{r["number"]:05}/{k}'] for k in range(images)]
+        mine = [right[f'{_name(r)}/{k}'] for k in range(images)]
         tasks[r['tag']].append(float(np.mean(mine)))
     means = {t: float(np.mean(v)) for t, v in tasks.items()}
-    return dict(overall=float(np.mean(list(means.values()))), overall_ci=bootstrap_tasks(dict(tasks), seed), **means)
+    overall = float(np.mean(list(means.values())))
+    return dict(overall=overall, overall_ci=bootstrap_tasks(dict(tasks), seed), **means)
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #4161e010
+def _asked(row: dict, path) -> tuple:
+    "What `GenEvalJudge.verdict` takes."
+    return scored_picture(path), row
+
 def _geneval_benchmark(rows: list, images: int, out, **facts) -> JudgedBenchmark:
     "What GenEval draws and asks."
     facts = drawn_protocol(
         'geneval-hf', (_METADATA, _NAMES), len(rows), images=images,
         aggregation='unweighted mean of six tasks, each over pictures', **facts,
     )
-    pairs = [(r, k) for r in rows for k in range(images)]
-    wanted = [
-        Wanted(f'{r["number"]:05}/samples/{k:04}.png', r['prompt'], r['number'] * images + k) for r, k in pairs
-    ]
-    asked = lambda row, path: (scored_picture(path), row)
-    questions = [
-        JudgeQuestion(f'{r["number"]:05}/{k}', partial(asked, r, Path(out)/w.path)) for (r, k), w in zip(pairs, wanted)
-    ]
+    wanted, questions = [], []
+    for r, k in product(rows, range(images)):
+        w = Wanted(f'{_name(r)}/samples/{k:04}.png', r['prompt'], r['number'] * images + k)
+        wanted.append(w)
+        questions.append(JudgeQuestion(f'{_name(r)}/{k}', partial(_asked, r, Path(out)/w.path)))
     result, layout = partial(geneval_result, rows, images=images), partial(_published_layout, rows)
     return JudgedBenchmark(facts, questions, lambda wrong: wrong == '', result, wanted, layout)
 

@@ -27,8 +27,10 @@ def load_imgedit(folder, limit: int | None = None, known: dict | None = None) ->
     "Edits {'id', 'source', 'prompt', 'kind'} in the file's order, and type -> the judge's instruction."
     read = lambda name: json.loads(prompt_file(folder, f'imgedit/{name}.json', known))
     rows, rubrics = read('basic_edit'), read('prompts')
-    kind = lambda k, r: one_of(r['edit_type'], IMGEDIT_TYPES, f'edit {k}, edit_type')
-    items = [dict(id=k, source=r['id'], prompt=r['prompt'], kind=kind(k, r)) for k, r in rows.items()]
+    items = []
+    for k, r in rows.items():
+        kind = one_of(r['edit_type'], IMGEDIT_TYPES, f'edit {k}, edit_type')
+        items.append(dict(id=k, source=r['id'], prompt=r['prompt'], kind=kind))
     if lacking := [t for t in IMGEDIT_TYPES if '<edit_prompt>' not in rubrics.get(t, '')]:
         raise ValueError(f'the judge prompts lack {", ".join(lacking)}.')
     return first_of_each(items, lambda r: r['kind'], limit), rubrics
@@ -39,7 +41,8 @@ _GRADE = r'\W*([A-Za-z][^:：]*)[:：][\W_]*([1-5])(?:\.0+)?(?:\s*(?:/|out of)\s
 def parse_imgedit(text: str) -> list | None:   # three grades, as given
     "Three lines `name: grade` with grades 1..5, or None."
     matches = [re.fullmatch(_GRADE, line.strip()) for line in text.splitlines()]
-    grades = [int(m[2]) for m in matches if m and 'reasoning' not in m[1].lower()]
+    matches = [m for m in matches if m and 'reasoning' not in m[1].lower()]
+    grades = [int(m[2]) for m in matches]
     return grades if len(grades) == 3 else None
 
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #b5fbc9d3
@@ -56,9 +59,23 @@ def imgedit_result(items: list, scores: dict, seed: int = 0) -> dict:
         raise ValueError(
             f'ImgEdit: no readable answer about {", ".join(sorted(empty))}; there is no overall score without it.'
         )
-    mean = lambda k: float(np.mean([np.mean(v) for v in k.values()]))
-    overall = dict(overall=mean(kinds), overall_ci=bootstrap_tasks(dict(kinds), seed), overall_as_given=mean(raw))
-    return overall | dict(lowered=lowered) | {k: float(np.mean(v)) for k, v in kinds.items()}
+    means, given = ({k: float(np.mean(v)) for k, v in x.items()} for x in (kinds, raw))
+    return dict(
+        overall=float(np.mean(list(means.values()))),
+        overall_ci=bootstrap_tasks(dict(kinds), seed),
+        overall_as_given=float(np.mean(list(given.values()))),
+        lowered=lowered,
+        **means,
+    )
+
+# %% ../../../nbs/scale/benchmarks/imgedit.ipynb #07e1e523
+def _check_sources(folder, names: list[str]):
+    "All source pictures must be there before the first edit."
+    lost = [n for n in names if not (Path(folder)/n).is_file()]
+    if not lost: return
+    raise FileNotFoundError(
+        f'{len(lost)} of {len(names)} source pictures are missing in {folder}, the first is {lost[0]}.'
+    )
 
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #67778c49
 def _imgedit_messages(item: dict, rubric: str, source, result) -> list:
@@ -72,11 +89,12 @@ def _imgedit_benchmark(items: list, rubrics: dict, sources, out, **facts) -> Jud
     files = ('imgedit/basic_edit.json', 'imgedit/prompts.json')
     aggregation = 'mean of types; grades 2 and 3 not above 1'
     facts = drawn_protocol('imgedit-basic', files, len(items), aggregation=aggregation, **facts)
-    wanted = [Wanted(f'images/{i["id"]}.png', i['prompt'], n, Path(sources)/i['source']) for n, i in enumerate(items)]
-    questions = [
-        JudgeQuestion(i['id'], partial(_imgedit_messages, i, rubrics[i['kind']], w.source, Path(out)/w.path))
-        for i, w in zip(items, wanted)
-    ]
+    wanted, questions = [], []
+    for n, i in enumerate(items):
+        w = Wanted(f'images/{i["id"]}.png', i['prompt'], n, Path(sources)/i['source'])
+        messages = partial(_imgedit_messages, i, rubrics[i['kind']], w.source, Path(out)/w.path)
+        wanted.append(w)
+        questions.append(JudgeQuestion(i['id'], messages))
     return JudgedBenchmark(facts, questions, parse_imgedit, partial(imgedit_result, items), wanted)
 
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #4de83250
@@ -95,9 +113,6 @@ def run_imgedit(
 ) -> dict | None:  # the result; None after drawing only
     "ImgEdit-Bench, basic suite: one result an edit, three grades each."
     items, rubrics = load_imgedit(prompts, limit, known)
-    if lost := [i['source'] for i in items if not (Path(sources)/i['source']).is_file()]:
-        raise FileNotFoundError(
-            f'{len(lost)} of {len(items)} source pictures are missing in {sources}, the first is {lost[0]}.'
-        )
+    _check_sources(sources, [i['source'] for i in items])
     benchmark = _imgedit_benchmark(items, rubrics, sources, out, judge=judge, sampling=sampling, known=known)
     return draw_and_judge(benchmark, draw, judge, out, system, **kwargs)

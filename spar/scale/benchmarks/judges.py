@@ -283,8 +283,8 @@ def answered(
     known = ledger.read()
     if left := [q.key for q in questions if q.key not in known]:
         raise Unfinished(
-            f'{len(left)} of {len(questions)} answers are missing, the first is {left[0]!r}: other processes are at work, '
-            'or the run was cut off. The same command goes on.'
+            f'{len(left)} of {len(questions)} answers are missing, the first is {left[0]!r}: '
+            'other processes are at work, or the run was cut off. The same command goes on.'
         )
     records = [known[q.key] for q in questions]
     report = dict(

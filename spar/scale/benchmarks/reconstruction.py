@@ -23,23 +23,27 @@ from .run import open_run, published_protocol, write_result, written
 def _picture_files(folder, limit: int | None = None) -> list[str]:
     "Names of all pictures below a folder, sorted; the first `limit`."
     ends = {'.jpeg', '.jpg', '.png', '.webp', '.bmp'}
-    paths = [p for p in Path(folder).rglob('*') if p.suffix.lower() in ends and p.is_file()]
-    if not paths: raise FileNotFoundError(f'no pictures in {str(folder)!r} ({", ".join(sorted(ends))}).')
-    return sorted(p.relative_to(folder).as_posix() for p in paths)[:limit]
+    paths = [p for p in Path(folder).rglob('*') if p.suffix.lower() in ends]
+    names = sorted(p.relative_to(folder).as_posix() for p in paths if p.is_file())
+    if not names:
+        raise FileNotFoundError(f'no pictures in {str(folder)!r} ({", ".join(sorted(ends))}).')
+    return names[:limit]
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #2a606626
 def _read_square(path, side: int) -> np.ndarray:    # uint8 [side, side, 3]
     "Shorter side to `side` with bicubic, centre crop."
     with Image.open(path) as im: im = im.convert('RGB')
     scale = side / min(im.size)
-    im = im.resize([max(side, round(n * scale)) for n in im.size], Image.BICUBIC)
+    size = [max(side, round(n * scale)) for n in im.size]
+    im = im.resize(size, Image.BICUBIC)
     x, y = (round((n - side) / 2) for n in im.size)
     return np.asarray(im.crop((x, y, x + side, y + side)))
 
 def _batches(files: list, folder, side: int, batch_size: int):
     "uint8 [B, 3, side, side] of consecutive files."
     for i in range(0, len(files), batch_size):
-        squares = [_read_square(Path(folder)/f, side) for f in files[i:i + batch_size]]
+        part = files[i:i + batch_size]
+        squares = [_read_square(Path(folder)/f, side) for f in part]
         yield torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #3aac1458
@@ -83,8 +87,10 @@ def _measure(
     a, b = x.float() / 255, y.float() / 255
     one, two = ssims(a, b)
     out = dict(psnr=psnr(a, b), ssim=one, ssim_range2=two)
-    if lpips is not None: out['lpips_vgg'] = lpips(a * 2 - 1, b * 2 - 1)
-    if features is not None: out |= dict(real=features(x), fake=features(y))
+    if lpips is not None:
+        out['lpips_vgg'] = lpips(a * 2 - 1, b * 2 - 1)
+    if features is not None:
+        out |= dict(real=features(x), fake=features(y))
     return {k: v.detach().float().cpu().contiguous() for k, v in out.items()}
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #d5d3304a
@@ -139,7 +145,8 @@ def _reconstruction_result(shards: list, facts: dict, system: dict, out, least: 
     real, fake = columns.pop('real', None), columns.pop('fake', None)
     means = {k: v.double().mean().item() for k, v in columns.items()}
     numbers = dict(means, pictures=len(columns['psnr']))
-    if real is not None: numbers['rfid_inception'] = frechet(real, fake) if len(real) >= least else None
+    if real is not None:
+        numbers['rfid_inception'] = frechet(real, fake) if len(real) >= least else None
     full = clean(numbers) | dict(protocol=facts, system=system)
     write_result(Path(out)/'result.json', full)
     return full
@@ -150,7 +157,8 @@ def _sha256(path) -> str | None:
 
 def _reconstruction_protocol(folder, files, side, compare, inception_weights, vgg_weights) -> dict:
     "The identity of a reconstruction measurement; pictures count by name and size in bytes."
-    listing = '\n'.join(f'{f} {(Path(folder)/f).stat().st_size}' for f in files)
+    size = lambda name: (Path(folder)/name).stat().st_size
+    listing = '\n'.join(f'{f} {size(f)}' for f in files)
     rfid, lpips = _sha256(inception_weights), _sha256(vgg_weights)
     return published_protocol(
         'reconstruction',

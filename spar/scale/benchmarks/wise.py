@@ -25,7 +25,8 @@ from spar.scale.benchmarks.run import (
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #c085e966
 WISE_FILES = ('wise/cultural_common_sense.json', 'wise/spatio-temporal_reasoning.json', 'wise/natural_science.json')
 WISE_RANGES = dict(
-    culture=(1, 400), time=(401, 567), space=(568, 700), biology=(701, 800), physics=(801, 900), chemistry=(901, 1000)
+    culture=(1, 400), time=(401, 567), space=(568, 700),
+    biology=(701, 800), physics=(801, 900), chemistry=(901, 1000),
 )
 WISE_SHARES = dict(culture=.4, time=.167, space=.133, biology=.1, physics=.1, chemistry=.1)
 
@@ -37,11 +38,10 @@ def wise_kind(number: int) -> str:
 def load_wise(folder, limit: int | None = None, known: dict | None = None) -> list[dict]:
     "Prompts in the order of their numbers: {'id', 'prompt', 'explanation', 'kind'}."
     rows = [r for name in WISE_FILES for r in json.loads(prompt_file(folder, name, known))]
-    items = [
-        dict(id=r['prompt_id'], prompt=r['Prompt'], explanation=r['Explanation'], kind=wise_kind(r['prompt_id']))
-        for r in rows
-    ]
-    return first_of_each(sorted(items, key=lambda r: r['id']), lambda r: r['kind'], limit)
+    items = [dict(id=r['prompt_id'], prompt=r['Prompt'], explanation=r['Explanation']) for r in rows]
+    items.sort(key=lambda i: i['id'])
+    for i in items: i['kind'] = wise_kind(i['id'])
+    return first_of_each(items, lambda i: i['kind'], limit)
 
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #4bf12d9a
 _SYSTEM = 'You grade pictures that a text-to-image model has drawn. You are strict and answer in the given form only.'
@@ -72,8 +72,8 @@ def _texts_in_python(source: str) -> list[str]:
     "All texts that stand under the key 'text' of a dict."
     dicts = [d for d in ast.walk(ast.parse(source)) if isinstance(d, ast.Dict)]
     pairs = [pair for d in dicts for pair in zip(d.keys, d.values)]
-    is_text = lambda k: isinstance(k, ast.Constant) and k.value == 'text'
-    return [_python_text(v) for k, v in pairs if is_text(k) and isinstance(v, (ast.Constant, ast.JoinedStr))]
+    texts = [v for k, v in pairs if isinstance(k, ast.Constant) and k.value == 'text']
+    return [_python_text(v) for v in texts if isinstance(v, (ast.Constant, ast.JoinedStr))]
 
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #e248f167
 def wise_rubric(
@@ -82,11 +82,13 @@ def wise_rubric(
     "The judge's instruction. A Python file is parsed, never run. `ValueError` if it names no prompt or no explanation."
     if path is None: return _SYSTEM, _OUR_RUBRIC, 'ours-1'
     raw = Path(path).read_text(encoding='utf-8')
-    name = f'{Path(path).name}:{hashlib.sha256(raw.encode()).hexdigest()[:10]}'
+    digest = hashlib.sha256(raw.encode()).hexdigest()
+    name = f'{Path(path).name}:{digest[:10]}'
     texts = _texts_in_python(raw) if Path(path).suffix == '.py' else [_SYSTEM, raw]
     users = [t for t in texts if '{prompt}' in t and '{explanation}' in t]
     if not users: raise ValueError(f'{path}: found no instruction that names both the prompt and its explanation.')
-    return next((t for t in texts if t not in users), _SYSTEM), users[-1], name
+    system = next((t for t in texts if t not in users), _SYSTEM)
+    return system, users[-1], name
 
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #b863099e
 def parse_wise(text: str) -> list | None:   # [consistency, realism, aesthetics]
@@ -111,8 +113,8 @@ def wise_result(items: list, scores: dict, seed: int = 0) -> dict:
     "Kinds and the overall score: the weighted mean over kinds, unparsed answers left out."
     kinds = defaultdict(list)
     for i in items:
-        if scores[str(i['id'])] is not None:
-            kinds[i['kind']].append(wiscore(*scores[str(i['id'])]))
+        grades = scores[str(i['id'])]
+        if grades is not None: kinds[i['kind']].append(wiscore(*grades))
     if empty := WISE_SHARES.keys() - kinds.keys():
         raise ValueError(
             f'WISE: no readable answer about {", ".join(sorted(empty))}; there is no overall score without it.'
@@ -128,18 +130,23 @@ def wise_result(items: list, scores: dict, seed: int = 0) -> dict:
 def _wise_messages(item: dict, path, system: str, user: str) -> list:
     "The conversation about one picture."
     text = user.replace('{prompt}', item['prompt']).replace('{explanation}', item['explanation'])
-    part = lambda t: dict(type='text', text=t)
     picture = dict(type='image', image=scored_picture(path))
-    return [dict(role='system', content=[part(system)]), dict(role='user', content=[part(text), picture])]
+    content = [dict(type='text', text=text), picture]
+    return [
+        dict(role='system', content=[dict(type='text', text=system)]),
+        dict(role='user', content=content),
+    ]
 
 def _wise_benchmark(items: list, rubric: tuple, out, **facts) -> JudgedBenchmark:
     "What WISE draws and asks."
     system, user, name = rubric
     weights = '0.4 culture, 0.167 time, 0.133 space, 0.1 biology, physics, chemistry'
     facts = drawn_protocol('wise-legacy', WISE_FILES, len(items), rubric=name, aggregation=weights, **facts)
-    wanted = [Wanted(f'images/{i["id"]}.png', i['prompt'], i['id']) for i in items]
-    messages = [partial(_wise_messages, i, Path(out)/w.path, system, user) for i, w in zip(items, wanted)]
-    questions = [JudgeQuestion(str(i['id']), m) for i, m in zip(items, messages)]
+    wanted, questions = [], []
+    for i in items:
+        wanted.append(Wanted(f'images/{i["id"]}.png', i['prompt'], i['id']))
+        messages = partial(_wise_messages, i, Path(out)/wanted[-1].path, system, user)
+        questions.append(JudgeQuestion(str(i['id']), messages))
     return JudgedBenchmark(facts, questions, parse_wise, partial(wise_result, items), wanted)
 
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #112beea6
