@@ -28,7 +28,7 @@ WISE_RANGES = dict(
     culture=(1, 400), time=(401, 567), space=(568, 700),
     biology=(701, 800), physics=(801, 900), chemistry=(901, 1000),
 )
-WISE_SHARES = dict(culture=.4, time=.167, space=.133, biology=.1, physics=.1, chemistry=.1)
+WISE_SHARES = {k: (last - first + 1) / 1000 for k, (first, last) in WISE_RANGES.items()}
 
 def wise_kind(number: int) -> str:
     "The category of a prompt, by its number."
