@@ -40,26 +40,15 @@ class DetectedObject:
 def beside(a: tuple, b: tuple, margin: float = .1) -> set:
     "Where box a is, seen from box b: a subset of left of, right of, above, below."
     (ax, ay, aw, ah), (bx, by, bw, bh) = (
-        ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
-        for x0, y0, x1, y1 in (a, b)
+        ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0) for x0, y0, x1, y1 in (a, b)
     )
-    offset, sizes = (
-        np.array([ax - bx, ay - by]),
-        np.array([aw + bw, ah + bh]),
-    )
+    offset = np.array([ax - bx, ay - by])
+    sizes = np.array([aw + bw, ah + bh])
     moved = np.maximum(np.abs(offset) - margin * sizes, 0) * np.sign(offset)
     if (np.abs(moved) < 1e-3).all(): return set()
     dx, dy = moved / np.linalg.norm(offset)
-    return {
-        n
-        for n, yes in (
-            ('left of', dx < -0.5),
-            ('right of', dx > 0.5),
-            ('above', dy < -0.5),
-            ('below', dy > 0.5),
-        )
-        if yes
-    }
+    directions = {'left of': dx < -.5, 'right of': dx > .5, 'above': dy < -.5, 'below': dy > .5}
+    return {name for name, holds in directions.items() if holds}
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #d7ab5165
 def _fault(want: dict, mine: list, groups: list, colours) -> str:
@@ -210,22 +199,22 @@ def load_geneval(folder, limit: int | None = None, known: dict | None = None) ->
     return rows, prompt_file(folder, _NAMES, known).split('\n')[:80]
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #68f60bf2
-def _name(row: dict) -> str:
-    "Of the folder of a prompt."
+def _folder_of(row: dict) -> str:
+    "Name of the folder of a prompt's pictures."
     return f'{row["number"]:05}'
 
 def _published_layout(rows: list, out):
     "metadata.jsonl beside the samples of every prompt."
     for r in rows:
         row = {k: v for k, v in r.items() if k != 'number'}
-        with written(Path(out)/_name(r)/'metadata.jsonl') as tmp: tmp.write_text(json.dumps(row) + '\n')
+        with written(Path(out)/_folder_of(r)/'metadata.jsonl') as tmp: tmp.write_text(json.dumps(row) + '\n')
 
 # %% ../../../nbs/scale/benchmarks/geneval.ipynb #61c495af
 def geneval_result(rows: list, right: dict, images: int, seed: int = 0) -> dict:
     "Tasks, each over its pictures, and their unweighted mean."
     tasks = defaultdict(list)
     for r in rows:
-        mine = [right[f'{_name(r)}/{k}'] for k in range(images)]
+        mine = [right[f'{_folder_of(r)}/{k}'] for k in range(images)]
         tasks[r['tag']].append(float(np.mean(mine)))
     means = {t: float(np.mean(v)) for t, v in tasks.items()}
     overall = float(np.mean(list(means.values())))
@@ -244,9 +233,9 @@ def _geneval_benchmark(rows: list, images: int, out, **facts) -> JudgedBenchmark
     )
     wanted, questions = [], []
     for r, k in product(rows, range(images)):
-        w = Wanted(f'{_name(r)}/samples/{k:04}.png', r['prompt'], r['number'] * images + k)
+        w = Wanted(f'{_folder_of(r)}/samples/{k:04}.png', r['prompt'], r['number'] * images + k)
         wanted.append(w)
-        questions.append(JudgeQuestion(f'{_name(r)}/{k}', partial(_asked, r, Path(out)/w.path)))
+        questions.append(JudgeQuestion(f'{_folder_of(r)}/{k}', partial(_asked, r, Path(out)/w.path)))
     result, layout = partial(geneval_result, rows, images=images), partial(_published_layout, rows)
     return JudgedBenchmark(facts, questions, lambda wrong: wrong == '', result, wanted, layout)
 

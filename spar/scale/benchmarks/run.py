@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHA256', 'published_protocol', 'prompt_file', 'first_of_each', 'drawn_protocol', 'written', 'write_result',
-           'open_run', 'Wanted', 'draw_all', 'spar_drawer', 'drawing_only', 'scored_picture', 'JudgedBenchmark',
-           'judge_benchmark', 'draw_and_judge']
+           'open_run', 'Wanted', 'draw_all', 'spar_drawer', 'scored_picture', 'JudgedBenchmark', 'judge_benchmark',
+           'draw_and_judge']
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #d601ce36
 import hashlib
@@ -166,15 +166,16 @@ def spar_drawer(
     "Draws and edits with a pipeline; the noise of a picture follows from (seed, index)."
     from spar.pipeline import checked_texts
     from spar.images import to_pil
-    sampling = dict(num_inference_steps=steps, guidance_scale=guidance, seed=seed, precision=pipe.precision)
+    sampling = dict(num_inference_steps=steps, guidance_scale=guidance, seed=seed)
     def draw(texts, sources, indices):
         texts = checked_texts(texts, pipe.mllm.tokenizer)
         reference = None if sources is None else pipe.pictures(sources)[0]
-        return to_pil(pipe.unified.sample(texts, reference, indices=indices, **sampling))
+        images = pipe.unified.sample(texts, reference, indices=indices, precision=pipe.precision, **sampling)
+        return to_pil(images)
     return draw
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #6e6f018b
-def drawing_only(facts: dict) -> dict:
+def _drawing_only(facts: dict) -> dict:
     "The facts without the judge."
     return {k: v for k, v in facts.items() if k not in ('judge', 'rubric', 'id', 'aggregation')}
 
@@ -232,7 +233,7 @@ def draw_and_judge(
     world: int = 1,
 ) -> dict | None:  # the result; None after drawing only, or while other processes are at work
     "Draw what is missing, ask what has no answer, write the result."
-    out = open_run(out, system, drawing_only(benchmark.facts))
+    out = open_run(out, system, _drawing_only(benchmark.facts))
     if draw:
         draw_all(draw, benchmark.wanted, out, batch_size, rank, world)
         if benchmark.after_drawing: benchmark.after_drawing(out)
