@@ -21,7 +21,7 @@ from ...evaluation.reconstruction import reconstruction_mini
 from ...evaluation.understanding import question_set, understanding_mini
 from ...images import from_pil, read_image, to_pil
 from ...mini.judge import Judge
-from ..benchmarks.run import open_run, protocol
+from ..benchmarks.run import open_run, published_protocol
 from ...world.datasets import PhotoCrops, SceneImages
 
 # %% ../../../nbs/scale/baselines/glyphs.ipynb #55c4eebf
@@ -58,7 +58,7 @@ def as_tensors(system):     # -> (texts, sources [B, 3, H, W] or None, indices) 
 
 def mini(name: str, texts=(), **settings) -> dict:
     "Facts of a miniature protocol, with its id."
-    return protocol(name, line=mini_protocol(name, texts, **settings))
+    return published_protocol(name, line=mini_protocol(name, texts, **settings))
 
 # %% ../../../nbs/scale/baselines/glyphs.ipynb #20ca7d3b
 def reconstruction_on_glyphs(system, o, c: Context) -> dict:
