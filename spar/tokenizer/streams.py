@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Residual', 'SemanticStream', 'attention', 'TransformerLayer', 'PixelStream', 'Fusion', 'StreamsConfig', 'init_',
-           'linear_', 'start_linear_', 'Latents', 'DualStream', 'to_grid', 'to_tokens']
+           'own_seed', 'linear_', 'start_linear_', 'Latents', 'DualStream', 'to_grid', 'to_tokens']
 
 # %% ../../nbs/method/02_streams.ipynb #5c0f5106
+import contextlib
 from dataclasses import dataclass
-from ..core import Config, one_of
+from ..core import Config, one_of, seed_for
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,9 +45,14 @@ class SemanticStream(nn.Module):
 
 # %% ../../nbs/method/02_streams.ipynb #5016f393
 def attention(q, k, v):  # each [B, heads, N, d] -> [B, heads, N, d]
-    "Scaled dot products. On a CPU as two matrix products: for the few tokens of a picture faster than torch's fused kernel."
+    "Scaled dot products; on a CPU two matrix products, which for few tokens are faster than torch's fused kernel."
     if q.device.type != 'cpu': return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.mT * q.shape[-1]**-0.5).softmax(-1) @ v
+
+def _check_heads(D: int, heads: int):
+    if D % heads:
+        fitting = [h for h in (1, 2, 4, 8, 16) if D % h == 0]
+        raise ValueError(f'heads={heads} must divide the feature width D_s={D}; choose one of {fitting}.')
 
 # %% ../../nbs/method/02_streams.ipynb #bed0ea73
 class TransformerLayer(nn.Module):
@@ -58,28 +64,14 @@ class TransformerLayer(nn.Module):
         ffn: int = 4,  # width of the feed-forward network in units of D
     ):
         super().__init__()
-        if D % heads:
-            raise ValueError(
-                f'heads={heads} must divide the feature width D_s={D}; choose one of {[h for h in (1, 2, 4, 8, 16) if D % h == 0]}.'
-            )
+        _check_heads(D, heads)
         self.heads = heads
-        self.norm1, self.qkv, self.out = (
-            nn.LayerNorm(D),
-            nn.Linear(D, 3 * D),
-            nn.Linear(D, D),
-        )
-        self.norm2, self.fc1, self.fc2 = (
-            nn.LayerNorm(D),
-            nn.Linear(D, ffn * D),
-            nn.Linear(ffn * D, D),
-        )
-
-    def attend(self, x):  # [B, N, D] -> [B, N, D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+        self.norm1, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3*D), nn.Linear(D, D)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(D), nn.Linear(D, ffn*D), nn.Linear(ffn*D, D)
 
     def forward(self, x):  # [B, N, D] -> [B, N, D]
-        x = x + self.attend(self.norm1(x))
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 # %% ../../nbs/method/02_streams.ipynb #678cae9a
@@ -147,6 +139,14 @@ def init_(
         nn.init.trunc_normal_(m.weight, std=s, a=-2*s, b=2*s)
         nn.init.zeros_(m.bias)
     return module
+
+# %% ../../nbs/method/02_streams.ipynb #2f2eccba
+@contextlib.contextmanager
+def own_seed(seed: int, purpose: str):
+    "Inside, torch's generator starts from (seed, purpose); outside it continues as if nothing had been drawn."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, purpose))
+        yield
 
 # %% ../../nbs/method/02_streams.ipynb #72ceb2ff
 @torch.no_grad()

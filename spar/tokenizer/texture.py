@@ -21,10 +21,11 @@ def texture(
 def texture_kept(
     x: torch.Tensor,  # [B, 3, H, W] the original
     y: torch.Tensor,  # [B, 3, H, W] its reconstruction
-) -> float:  # 1: all; 0: none
+) -> float:  # 1: all; 0: none; below 0: wrong texture
     "The share of the original's texture that the reconstruction explains."
     a, b = texture(x.float()), texture(y.float())
-    return 1 - ((a - b).square().sum() / a.square().sum().clamp_min(1e-12)).item()
+    lost = (a - b).square().sum()
+    return 1 - (lost / a.square().sum().clamp_min(1e-12)).item()
 
 # %% ../../nbs/method/01_problem.ipynb #f486ab81
 def patches(x, p: int = 8):      # [B, 3, H, W] -> [tokens, 3 p p]
