@@ -25,7 +25,7 @@ def anchor_loss(
     f_anchor: torch.Tensor,  # [B, N, D_s] features of its untouched copy
     kind: str = 'mse',  # 'cosine': one minus the cosine of each token (ablation)
 ) -> torch.Tensor:
-    "`L_s`: how far the encoder has wandered off, in fp32."
+    "`L_s`: distance of the features from those of the untouched encoder, in fp32."
     f_v, f_anchor = f_v.float(), f_anchor.float()
     if kind == 'cosine': return 1 - F.cosine_similarity(f_v, f_anchor, dim=-1).mean()
     return F.mse_loss(f_v, f_anchor)
