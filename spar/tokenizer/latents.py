@@ -57,6 +57,10 @@ def _moments(z: torch.Tensor) -> tuple:  # [tokens, D_p] -> two lists of D_p num
     z = z.double()
     return z.mean(0).tolist(), z.std(0).clamp_min(1e-6).tolist()
 
+def _per_channel(v, channels: int) -> list:
+    v = torch.as_tensor(v, dtype=torch.float32)
+    return v.flatten().expand(channels).tolist()
+
 def latent_stats_of(
     z_f: torch.Tensor,  # [tokens, D_p]
     z_dc: torch.Tensor,  # [tokens, D_p]
@@ -64,8 +68,8 @@ def latent_stats_of(
     s=1.0,
 ) -> LatentStats:
     "The moments of two sets of latents, and the DiT's own shift and scale for every channel."
-    full = lambda v: torch.as_tensor(v, dtype=torch.float32).flatten().expand(z_f.shape[1]).tolist()
-    return LatentStats(*_moments(z_f), *_moments(z_dc), full(m), full(s))
+    shift_scale = [_per_channel(v, z_f.shape[1]) for v in (m, s)]
+    return LatentStats(*_moments(z_f), *_moments(z_dc), *shift_scale)
 
 # %% ../../nbs/method/03_latents.ipynb #095f72ad
 def _broadcast(stats: LatentStats, z) -> list:

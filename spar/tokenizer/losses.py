@@ -37,6 +37,7 @@ def _timm_classifier(path, name: str) -> nn.Module:
         raise FileNotFoundError(f'{path} is missing: give the weights of timm model {name!r}, or set logits to 0.')
     return freeze(timm.create_model(name, checkpoint_path=str(path)))
 
+# %% ../../nbs/method/05_losses.ipynb #b05c5e06
 class LogitDistance(nn.Module):
     "Mean squared difference of a frozen classifier's logits (ref: ConvNeXt-S, weight 0.1 at full scale)."
     def __init__(self, path, name: str = 'convnext_small', side: int = 224):  # weights, timm's name, pixels

@@ -150,8 +150,13 @@ class Tokenizer(_Autoencoder):
         _save(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder, mllm, side: int = None) -> 'Tokenizer':  # frozen
-        "From the MLLM (or its path) that it was made with, at `side` pixels; files that do not fit are named."
+    def from_pretrained(
+        cls,
+        folder,  # what `save_pretrained` wrote
+        mllm,  # the MLLM that it was made from: a path or an `MLLM`
+        side: int = None,  # pixels the encoder works at; None: as it was trained
+    ) -> 'Tokenizer':  # frozen
+        "Rebuild a tokenizer; missing, damaged or unfitting files raise errors that name them."
         cfg = _config_of(folder := Path(folder), side)
         encoder, decoder = _encoder_of(mllm, cfg, folder), AutoencoderDC.from_config(cfg.decoder).decoder
         tokenizer = cls(encoder, DualStream(cfg.streams), decoder, cfg)

@@ -63,6 +63,7 @@ def _needed(part, weight, name):
         raise ValueError(f'a weight of {weight} needs the {name} network: pass {name}=..., or set its weight to 0.')
     return part if weight else None
 
+# %% ../../nbs/method/07_tokenizer_stages.ipynb #b07c5e08
 class PixelObjective(Objective):
     "MSE, LPIPS and the adversary: what any autoencoder can be trained with."
     def __init__(
