@@ -112,8 +112,8 @@ def weights(
     c, on = self.cfg, progress >= self.cfg.pixels_start
     gan = c.lambda_gan if on and progress >= c.gan_start else 0.
     if player == 'critic': return {'critic': 1., 'lecam': c.lecam} if gan else {}
-    pixels = {'mse': on*c.mse, 'lpips': on*c.lpips, 'logits': on*c.logits}
-    return {**pixels, 'L_p': c.lambda_p, 'L_s': c.lambda_s, 'L_GAN': gan}
+    latents = {'L_p': c.lambda_p, 'L_s': c.lambda_s}
+    return {'mse': on*c.mse, 'lpips': on*c.lpips, **latents, 'L_GAN': gan, 'logits': on*c.logits}
 
 # %% ../../nbs/method/07_tokenizer_stages.ipynb #2f2133f9
 def _in_fp32(net, *xs):
