@@ -25,30 +25,28 @@ def anchor_loss(
     f_anchor: torch.Tensor,  # [B, N, D_s] features of its untouched copy
     kind: str = 'mse',  # 'cosine': one minus the cosine of each token (ablation)
 ) -> torch.Tensor:
-    "`L_s`: how far the encoder has wandered off, in fp32."
+    "`L_s`: distance of the features from those of the untouched encoder, in fp32."
     f_v, f_anchor = f_v.float(), f_anchor.float()
     if kind == 'cosine': return 1 - F.cosine_similarity(f_v, f_anchor, dim=-1).mean()
     return F.mse_loss(f_v, f_anchor)
 
 # %% ../../nbs/method/05_losses.ipynb #c3d3441c
-class LogitDistance(nn.Module):
-    "Mean squared difference of a frozen classifier's logits (used at full scale, weight 0.1)."
-    def __init__(
-        self,
-        path,  # safetensors or PyTorch weights of the timm model
-        name: str = 'convnext_small',  # timm's name
-        side: int = 224,  # pixels
-    ):
-        super().__init__()
-        import timm
-        if not Path(path).is_file():
-            raise FileNotFoundError(f'{path} is missing: give the weights of timm model {name!r}, or set logits to 0.')
-        self.net, self.side = freeze(timm.create_model(name, checkpoint_path=str(path))), side
-        mean, std = (torch.tensor(self.net.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
-        self.register_buffer('mean', mean)
-        self.register_buffer('std', std)
+def _timm_classifier(path, name: str) -> nn.Module:
+    import timm
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} is missing: give the weights of timm model {name!r}, or set logits to 0.')
+    return freeze(timm.create_model(name, checkpoint_path=str(path)))
 
-    def logits(self, x):
+# %% ../../nbs/method/05_losses.ipynb #b05c5e06
+class LogitDistance(nn.Module):
+    "Mean squared difference of a frozen classifier's logits (ref: ConvNeXt-S, weight 0.1 at full scale)."
+    def __init__(self, path, name: str = 'convnext_small', side: int = 224):  # weights, timm's name, pixels
+        super().__init__()
+        self.net, self.side = _timm_classifier(path, name), side
+        for key in ('mean', 'std'):
+            self.register_buffer(key, torch.tensor(self.net.pretrained_cfg[key])[:, None, None])
+
+    def logits(self, x):           # [B, 3, H, W] in [-1, 1] -> [B, classes]
         x = F.interpolate(x.float(), (self.side, self.side), mode='bicubic', antialias=True, align_corners=False)
         return self.net((x/2 + .5 - self.mean)/self.std).float()
 

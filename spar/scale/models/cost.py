@@ -89,7 +89,7 @@ def tokenizer_cost(stage: str, profile: str, finer: bool = False) -> Cost:
         o = TokenizerObjective(tokenizer, ReconstructionLoss.from_dict(p['loss']), vgg_distance(), dcae, mllm.encoder)
     batch = dict(image=torch.empty(1, 3, side, side, device='meta'))
     def loss():
-        x, rec, more = o.look(batch['image'])
+        x, rec, more = o.reconstruct(batch['image'])
         # torch has no autocast for the meta device
         table = o.compute(x, rec, more) | {'lpips': lambda: o.perceptual(rec, x).mean()}
         return sum(table[k]() for k, w in o.weights(1.).items() if w)
