@@ -111,7 +111,8 @@ _GENERATE = (
 
 def generate_command(argv=None):
     "Entry point of `spar_generate`."
-    p = _parser('spar_generate', 'Draw a picture for a text.', _GENERATE, prompt='what to draw, in words of `spar_words`')
+    needs = dict(prompt='what to draw, in words of `spar_words`')
+    p = _parser('spar_generate', 'Draw a picture for a text.', _GENERATE, **needs)
     _add_out(p, 'out.png')
     _add_sampling(p)
     args = p.parse_args(argv)
