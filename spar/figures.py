@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/using/figures.ipynb #562f0d27
+# %% ../nbs/using/figures.ipynb #f9fe2091
 def _sheet(rows: int, columns: int, width: float, height: float, dpi: int = 80):
     "A figure of so many inches and its axes `[rows, columns]`."
     return plt.subplots(rows, columns, figsize=(width, height), dpi=dpi, squeeze=False, layout='constrained')
@@ -27,7 +27,8 @@ def _pixels(
     image: Tensor,  # [3, H, W] in [-1, 1]
 ) -> np.ndarray:  # [H, W, 3] in [0, 1]
     "A picture as matplotlib wants it."
-    return (image.detach().float().cpu().permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
+    image = image.detach().float().cpu().permute(1, 2, 0)
+    return (image / 2 + 0.5).clamp(0, 1).numpy()
 
 def _show(ax, image: Tensor, title: str = ''):
     "One picture without axes."
@@ -43,7 +44,8 @@ def panel(
 ):
     "One row of pictures a name; returns the matplotlib figure."
     n = len(next(iter(rows.values())))
-    fig, axs = _sheet(len(rows), n, scale * n + 1, scale * len(rows), dpi)
+    width, height = scale * n + 1, scale * len(rows)
+    fig, axs = _sheet(len(rows), n, width, height, dpi)
     for line, (name, images) in zip(axs, rows.items()):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center', fontsize=8)
         for ax, image in zip(line, images):
@@ -70,8 +72,9 @@ def picture_grid(
     for ax in axes.flat: ax.axis('off')
     for i, (image, title) in enumerate(zip(images, titles)):
         row, column = divmod(i, columns)
-        if reference is not None: _show(axes[row * deep, column], reference[i])
-        _show(axes[row * deep + deep - 1, column], image, _folded(title))
+        row *= deep
+        if reference is not None: _show(axes[row, column], reference[i])
+        _show(axes[row + deep - 1, column], image, _folded(title))
     return fig
 
 # %% ../nbs/using/figures.ipynb #00a1b408
@@ -95,7 +98,8 @@ def edit_sheet(
     fig, axs = _sheet(3, n, 1.25 * n, 4.2)
     for k, e in enumerate(edits):
         score = '' if scores is None else f' ({scores[k]:.2f})'
-        _show(axs[0, k], sources[k], f'{e.kind}\n{_wrapped(e.instruction)}')
+        asked = f'{e.kind}\n{_wrapped(e.instruction)}'
+        _show(axs[0, k], sources[k], asked)
         _show(axs[1, k], results[k], f'result{score}')
         _show(axs[2, k], targets[k], 'target')
     return fig
@@ -107,13 +111,15 @@ def score_bars(
     title: str = '',
 ):
     "Task scores as bars, the overall score with its interval, rulers as dashed lines."
-    names = [k for k in table if not k.endswith('_ci') and k != 'overall'] + ['overall']
+    tasks = [k for k in table if not k.endswith('_ci') and k != 'overall']
+    n, names = len(tasks), [*tasks, 'overall']
     fig, ax = plt.subplots(figsize=(6, 2.4), dpi=80, layout='constrained')
-    ax.bar(range(len(names)), [table[k] for k in names], color=['C0'] * (len(names) - 1) + ['C1'])
-    if 'overall_ci' in table: ax.vlines(len(names) - 1, *table['overall_ci'], color='k')
-    for i, (k, v) in enumerate(rulers.items()):
-        ax.axhline(v, ls='--', lw=1, color=f'C{2 + i}', label=f'{k} {v:.2f}')
-    ax.set(xticks=range(len(names)), xticklabels=names, ylim=(0, 1.02), title=title)
+    colours = ['C0'] * n + ['C1']
+    ax.bar(range(n + 1), [table[k] for k in names], color=colours)
+    if 'overall_ci' in table: ax.vlines(n, *table['overall_ci'], color='k')
+    for i, (k, v) in enumerate(rulers.items(), start=2):
+        ax.axhline(v, ls='--', lw=1, color=f'C{i}', label=f'{k} {v:.2f}')
+    ax.set(xticks=range(n + 1), xticklabels=names, ylim=(0, 1.02), title=title)
     ax.tick_params(axis='x', rotation=30, labelsize=7)
     if rulers: ax.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, .5))
     return fig
@@ -126,11 +132,14 @@ def layer_map(
     title: str = '',
 ):
     "Tokens from left to right, layers from bottom to top."
-    if len(words) != len(shares): raise ValueError(f'{len(words)} words but {len(shares)} rows of shares')
-    fig, ax = plt.subplots(figsize=(max(3, .32 * len(words)), 1.9), dpi=80, layout='constrained')
+    n = len(words)
+    if n != len(shares): raise ValueError(f'{n} words but {len(shares)} rows of shares')
+    width = max(3, .32 * n)
+    fig, ax = plt.subplots(figsize=(width, 1.9), dpi=80, layout='constrained')
     table = shares.detach().float().cpu().T.numpy()
     im = ax.imshow(table, aspect='auto', origin='lower', vmin=0, vmax=1, cmap='viridis')
-    ax.set(yticks=range(len(layers)), yticklabels=layers, ylabel='layer', xticks=range(len(words)), title=title)
+    ax.set(yticks=range(len(layers)), yticklabels=layers, ylabel='layer', title=title)
+    ax.set_xticks(range(n))
     ax.set_xticklabels(words, rotation=60, ha='right', fontsize=6)
     fig.colorbar(im, ax=ax, shrink=.8)
     return fig
@@ -147,7 +156,8 @@ def token_words(
     first = len(names) - queries
     names = [n if i < first else f'q{i - first}' for i, n in enumerate(names)]
     many = lambda i: i >= first or names[i] == '<IMG_CONTEXT>'
-    shown = [i for i in range(len(names)) if bool(mask[i]) and (not many(i) or i % 8 == 0)]
+    labelled = lambda i: i % 8 == 0 or not many(i)
+    shown = [i for i in range(len(names)) if mask[i] and labelled(i)]
     return [names[i] for i in shown], torch.tensor(shown)
 
 # %% ../nbs/using/figures.ipynb #05e52c11
@@ -155,7 +165,8 @@ def read_csv(
     path,  # with a header
 ) -> dict:  # column -> `[rows]`
     "A small table of numbers; missing entries are nan."
-    head, *rows = [line.split(',') for line in Path(path).read_text().strip().splitlines()]
+    lines = Path(path).read_text().strip().splitlines()
+    head, *rows = [line.split(',') for line in lines]
     number = lambda row, i: float(row[i]) if i < len(row) and row[i] else np.nan
     return {k: np.array([number(row, i) for row in rows]) for i, k in enumerate(head)}
 

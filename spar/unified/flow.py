@@ -17,7 +17,7 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 # %% ../../nbs/method/12_flow.ipynb #16ddfd79
 @dataclass
 class FlowConfig(Config):
-    "One place for the numbers that training and sampling share."
+    "The numbers that training and sampling share."
     shift: float = 1.0       # time shift, used by BOTH training and sampling (SANA at full scale: 3.0)
     mean: float = 0.0        # of the normal under the logistic
     std: float = 1.0
