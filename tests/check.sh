@@ -16,7 +16,7 @@ unchanged() {   # unchanged WHAT CMD...: running CMD must not change a tracked o
 step "Notebooks are clean, modules and README follow from them"
 unchanged "nbdev_clean"  nbdev_clean
 unchanged "nbdev_export" nbdev_export
-unchanged "README.md"    python tests/readme.py
+unchanged "README.md"    python tools/readme.py
 
 step "Every notebook runs"
 nbdev_test --n_workers 2 --do_print --timing

@@ -3,8 +3,8 @@ import ast, json, re
 from pathlib import Path
 import pytest, yaml
 from conftest import ROOT
-from spar.running import runner
-from spar.training import stage as stages
+from spar.running import contract, profiles
+from spar.training import notebook
 
 PROFILES = ('mini', 'smoke', 'spar-1b', 'spar-3b')
 STAGES = sorted(p.stem for p in (ROOT/'nbs/stages').glob('*.ipynb'))
@@ -17,7 +17,7 @@ EVALUATED = ('reconstruction', 'understanding', 'generation', 'editing')
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch): monkeypatch.chdir(ROOT)
 
-def pipeline(file='dvc.yaml'): return yaml.safe_load(Path(file).read_text())['stages']
+def pipeline(): return yaml.safe_load(Path('dvc.yaml').read_text())['stages']
 
 def paths_in(value):
     "All strings in nested parameters that are paths of the repository."
@@ -39,91 +39,116 @@ def test_notebook_is_thin(name, kind):
     cells = json.loads(Path(f'nbs/{kind}/{name}.ipynb').read_text())['cells']
     assert cells[0]['cell_type'] == 'raw' and 'skip_exec: true' in ''.join(cells[0]['source'])
     assert not any(c.get('outputs') for c in cells), 'stage notebooks are committed without outputs'
-    assert stages.parameters(f'nbs/{kind}/{name}.ipynb'), 'exactly one cell tagged parameters, literals only'
-    for c in stages.code_cells(f'nbs/{kind}/{name}.ipynb'):
-        found = [type(n).__name__ for n in ast.walk(ast.parse(stages.python_of(c['source']))) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.For, ast.While))]
+    assert notebook.parameters(f'nbs/{kind}/{name}.ipynb'), 'exactly one cell tagged parameters, literals only'
+    for c in notebook.code_cells(f'nbs/{kind}/{name}.ipynb'):
+        found = [type(n).__name__ for n in ast.walk(ast.parse(notebook.python_of(c['source']))) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.For, ast.While))]
         assert not found, f'{found[0]} in a stage notebook belongs into a component notebook'
 
 @pytest.mark.parametrize('name,kind', THIN)
 def test_notebook_calls_itself_by_its_name(name, kind):
-    code = '\n'.join(c['source'] for c in stages.code_cells(f'nbs/{kind}/{name}.ipynb'))
+    code = '\n'.join(c['source'] for c in notebook.code_cells(f'nbs/{kind}/{name}.ipynb'))
     assert set(re.findall(r'Stage\.current\([\'"](\w+)', code)) <= {name}
 
 
-@pytest.mark.parametrize('file', ['dvc.yaml', 'bases/dvc.yaml', 'evidence/dvc.yaml'])
-def test_deps_equal_the_import_closure(file):
-    for key, entry in pipeline(file).items():
-        body = entry.get('do') or entry
-        assert list(body['deps']) == runner.with_code_deps(Path(file), entry), f'{file}: {key}: run `spar_stage --write-dvc`'
+def test_dependencies_cover_what_a_stage_imports_and_nothing_else(): assert contract.check_deps() == []
+
+@pytest.mark.parametrize('stage,module,matters', [
+    ('tokenizer_1_init', 'spar/unified/flow.py', False), ('tokenizer_3_encoder', 'spar/world/edits.py', False), ('dcae_tuned', 'spar/world/prompts.py', False),
+    ('unified_2_joint', 'spar/running/runner.py', False), ('unified_2_joint', 'spar/tokenizer/training.py', False), ('evaluate_editing', 'spar/training/loop.py', False),
+    ('tokenizer_1_init', 'spar/training/loop.py', True), ('unified_2_joint', 'spar/unified/flow.py', True), ('evaluate_editing', 'spar/world/edits.py', True)])
+def test_a_stage_depends_on_what_can_change_its_result(stage, module, matters):
+    assert any(contract.covers(d, module) for d in pipeline()[stage]['deps']) == matters and (module in notebook.import_closure(f'nbs/stages/{stage}.ipynb')) == matters
 
 @pytest.mark.parametrize('name', STAGES)
 def test_stage_says_all_that_it_reads_and_writes(name):
     entry = pipeline()[name]
     assert entry['desc'] and entry['cmd'] == f'PYTHONPATH=$PWD spar_stage {name}'
     assert entry['params'] == ['profile', {'configs/${profile}.yaml': [name]}]
-    known = declared(entry, 'deps', 'outs', 'metrics', 'plots')
-    for path in paths_in(runner.resolved(name, 'mini')):
+    known = {p.replace('${profile}', 'mini') for p in declared(entry, 'deps', 'outs', 'metrics', 'plots')}
+    for path in paths_in(profiles.resolved(name, 'mini')):
         assert any(path == k or path.startswith(k + '/') for k in known), f'{name} uses {path}, dvc.yaml does not say so'
 
 @pytest.mark.parametrize('name', STAGES)
 def test_what_is_cached(name):
-    entry = pipeline()[name]
-    assert all(isinstance(o, str) for o in entry.get('outs', [])), 'artifacts are cached'
-    for p in entry.get('metrics', []) + entry.get('plots', []): assert next(iter(p.values())) == {'cache': False}
-    assert 'metrics/run.json' not in declared(entry, 'outs', 'metrics', 'deps'), 'run.json is volatile'
-    if name in TRAINED: assert f'metrics/stages/{name}.json' in declared(entry, 'metrics') and f'artifacts/{name}' in declared(entry, 'outs')
+    for kind in ('outs', 'metrics'):
+        for o in pipeline()[name].get(kind, []):
+            path, cached = (o, True) if isinstance(o, str) else (next(iter(o)), next(iter(o.values())) != {'cache': False})
+            assert path.split('/')[1] == '${profile}', 'a profile owns its folders'
+            assert cached == path.startswith('artifacts/'), 'artifacts are cached, metrics and plots are in Git'
+    assert 'run.json' not in str(pipeline()[name]), 'run.json is volatile'
+    if name in TRAINED: assert {f'metrics/${{profile}}/stages/{name}.json', f'artifacts/${{profile}}/{name}'} <= declared(pipeline()[name], 'outs')
+
+def test_one_metrics_file_a_dozen_keys(): assert [p for e in pipeline().values() for m in e.get('metrics', []) for p in m] == ['metrics/${profile}/summary.json']
+
+def test_pipeline_reads_on_a_page_and_a_half():
+    lines = Path('dvc.yaml').read_text().splitlines(); assert len(lines) <= 170 and max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_profile_has_a_section_for_every_stage(profile):
-    assert sorted(runner.yaml_file(f'configs/{profile}.yaml')) == STAGES
+    assert sorted(set(profiles.yaml_file(f'configs/{profile}.yaml')) - {'from'}) == STAGES      # DVC asks for every one of them
 
 @pytest.mark.parametrize('profile', PROFILES)
 @pytest.mark.parametrize('name', STAGES)
-def test_sections_resolve(name, profile): assert runner.resolved(name, profile)
+def test_sections_resolve(name, profile):
+    whole, given = profiles.complete(name, profile), profiles.resolved(name, profile)
+    assert set(whole) == set(given) and all(profile in p.split('/')[1:2] for p in paths_in(given) if not p.startswith('data/'))
+    
+@pytest.mark.parametrize('name', STAGES)
+def test_a_parameters_cell_carries_only_what_its_stage_sets(name):
+    cells, whole = notebook.parameters(f'nbs/stages/{name}.ipynb'), profiles.complete(name, 'mini')
+    for key in profiles.typed_parameters(f'nbs/stages/{name}.ipynb'): assert set(cells[key]) < set(whole[key]), f'{key} carries every key of its dataclass'
 
-def misspelt(value, path=()):
-    "Every way of adding one unknown key to a nested dictionary."
+def nested(value, path=()):
+    "The path of every dictionary in nested dictionaries that is not empty."
     if isinstance(value, dict) and value:
         yield path
-        for k, v in value.items(): yield from misspelt(v, (*path, k))
+        for k, v in value.items(): yield from nested(v, (*path, k))
 
 @pytest.mark.parametrize('name', STAGES)
-def test_unknown_keys_fail_at_every_depth(name):
-    defaults = stages.parameters(f'nbs/stages/{name}.ipynb')
-    for path in misspelt(defaults):
+def test_unknown_keys_fail_at_every_depth(name, tmp_path, monkeypatch):
+    whole, file = profiles.complete(name, 'smoke'), profiles.yaml_file('configs/smoke.yaml')
+    typed, cells = profiles.typed_parameters(f'nbs/stages/{name}.ipynb'), notebook.parameters(f'nbs/stages/{name}.ipynb')
+    for path in nested(whole):
+        if path and path[0] not in typed and not cells[path[0]]: continue      # {} takes any key, what the notebook hands it to judges them
         section = {'no_such_key': 1}
         for k in reversed(path): section = {k: section}
-        with pytest.raises(ValueError, match="'no_such_key'.*Allowed"): runner.merged(defaults, section, name)
+        monkeypatch.setattr(profiles, 'sections', lambda p: file | {name: section})
+        with pytest.raises(ValueError, match="'no_such_key'.*Allowed"): profiles.complete(name, 'smoke')
 
-def test_unknown_section_stage_and_profile_fail(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="tokenizer_1_init"): runner.notebook_of('tokenizer_1_intt')
-    with pytest.raises(FileNotFoundError, match='mini'): runner.resolved('prepare', 'maxi')
+def test_unknown_section_stage_and_profile_fail():
+    with pytest.raises(ValueError, match="tokenizer_1_init"): profiles.notebook_of('tokenizer_1_intt')
+    with pytest.raises(FileNotFoundError, match='mini'): profiles.resolved('prepare', 'maxi')
+
+def test_a_profile_from_another_says_only_what_differs():
+    one, three = (profiles.resolved('unified_2_joint', p) for p in ('spar-1b', 'spar-3b'))
+    assert three['train'] == one['train'] | dict(accumulate=16) and three['source'] == one['source']
+    assert len(Path('configs/spar-3b.yaml').read_text().splitlines()) < 40
+
+def test_a_circle_of_profiles_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); Path('configs').mkdir()
+    for a, b in ('xy', 'yx'): Path(f'configs/{a}.yaml').write_text(f'from: {b}\n')
+    with pytest.raises(ValueError, match='back to itself'): profiles.sections('x')
+
+@pytest.mark.parametrize('profile', ['mini', 'spar-1b', 'spar-3b'])
+def test_controls_train_as_long_as_what_they_are_compared_with(profile):
+    for stage, expected in contract.control_steps(profile).items():
+        section = profiles.complete(stage, profile)
+        for key, value in expected.items():
+            group, name = key.split('.'); assert section[group][name] == pytest.approx(value, rel=1e-3), f'{profile}.{stage}.{key} should be {value}'
 
 
-ABLATIONS = [(g, n) for g, rows in yaml.safe_load((ROOT/'configs/ablations.yaml').read_text()).items() if g != 'chains' for n in rows]
+ABLATIONS = profiles.ablations()
 
-@pytest.mark.parametrize('group,name', ABLATIONS)
-def test_ablation_changes_something_and_stays_beside_the_main_line(group, name):
-    changes, chain = runner.ablation_of(name)
-    assert set(changes) <= set(chain) and changes
-    for stage in chain:
-        main, other = runner.resolved(stage, 'smoke'), runner.resolved(stage, 'smoke', ablation=name)
-        plain = runner.rerouted(main, name, chain)
-        assert (plain != other) == (stage in changes), f'{name} does not change {stage}'
-        assert not {p for p in paths_in(other) if p.startswith(('metrics/', 'plots/')) and '/evidence/' not in p}
-        if 'out' in main: assert other['out'] == f'artifacts/evidence/{name}/{stage}'
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_an_ablation_changes_something_and_is_an_experiment(name):
+    changes, command = ABLATIONS[name], profiles.experiment(name, 'mini')
+    assert changes and set(changes) <= set(STAGES) and command[:5] == ['dvc', 'exp', 'run', '--temp', '--name']
+    assert len(command) == 6 + 2 * len(list(profiles.leaves(changes)))
+    for stage, section in changes.items():
+        main = profiles.complete(stage, 'smoke')
+        other = profiles.merged(notebook.parameters(f'nbs/stages/{stage}.ipynb'), section, name, profiles.typed_parameters(f'nbs/stages/{stage}.ipynb'))
+        assert all(key in main for key in section) and other != notebook.parameters(f'nbs/stages/{stage}.ipynb'), f'{name} does not change {stage}'
 
 def test_both_tables_of_the_paper_are_covered():
-    assert {'no_pixel_stream', 'no_semantic_stream', 'frozen_encoder', 'no_dtr', 'no_alignment'} <= {n for _, n in ABLATIONS}
-
-@pytest.mark.parametrize('group,name', [a for a in ABLATIONS])
-def test_evidence_pipeline_runs_the_chain(group, name):
-    entries = pipeline('evidence/dvc.yaml')
-    for stage in runner.ablation_of(name)[1]:
-        body = entries[stage]['do']
-        assert entries[stage]['foreach'] == f'${{{group}}}' and body['wdir'] == '..'
-        assert body['cmd'] == f'PYTHONPATH=$PWD spar_stage {stage} --ablation ${{key}}'
-        known = {p.replace('${key}', name) for p in declared(body, 'deps', 'outs', 'metrics', 'plots')}
-        for path in paths_in(runner.resolved(stage, 'smoke', ablation=name)):
-            assert any(path == k or path.startswith(k + '/') for k in known), f'evidence/dvc.yaml: {stage}@{name} uses {path}'
+    assert {'no_pixel_stream', 'no_semantic_stream', 'frozen_encoder', 'no_dtr', 'no_alignment'} <= set(ABLATIONS)

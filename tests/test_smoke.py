@@ -25,7 +25,7 @@ def smoke(tree):
     (tree/'cpu').write_text(str(children_cpu() - before))
     return tree
 
-def read(tree, name): return json.loads((tree/'metrics'/f'{name}.json').read_text())
+def read(tree, name): return json.loads((tree/'metrics/smoke'/f'{name}.json').read_text())
 
 def numbers(value):
     if isinstance(value, dict): return [n for v in value.values() for n in numbers(v)]
@@ -61,7 +61,7 @@ def test_editing_metrics(smoke):
     assert TYPES <= set(m['imgedit_mini']) and {'copy_input', 'judge_on_targets'} <= set(m['rulers']) and {'preservation', 'n'} <= set(m)
 
 def test_metrics_are_numbers_and_nothing_volatile(smoke):
-    for file in (smoke/'metrics').rglob('*.json'):
+    for file in (smoke/'metrics/smoke').rglob('*.json'):
         if file.name == 'run.json': continue
         text = file.read_text(); m = json.loads(text)
         assert not re.search(r'NaN|Infinity', text) and not {'seconds', 'commit', 'device', 'time'} & set(m), file
@@ -75,8 +75,8 @@ def test_run_json_knows_every_stage(smoke):
 def test_training_is_visible_while_it_runs(smoke): assert re.search(r'tokenizer_1_init: 100%', (smoke/'repro.log').read_text())
 
 def test_pictures_and_report_are_there(smoke):
-    assert len(list((smoke/'plots').rglob('*.png'))) >= 8 and len(list((smoke/'plots').rglob('*.csv'))) >= 6
-    pages = [p for p in (smoke/'artifacts/report').rglob('*.html')]
+    assert len(list((smoke/'plots/smoke').rglob('*.png'))) >= 8 and len(list((smoke/'plots/smoke').rglob('*.csv'))) >= 6
+    pages = [p for p in (smoke/'artifacts/smoke/report').rglob('*.html')]
     assert pages and not re.search(r'(src|href)="https?://[^"]+\.(js|css|png)"', pages[0].read_text()), 'one self-contained file'
 
 
@@ -92,7 +92,7 @@ def status(tree): return {k for k in json.loads(run(['dvc', 'status', '--json'],
 
 def test_prose_of_a_component_reruns_nothing_and_a_cell_reruns_its_stage(smoke):
     before = status(smoke)
-    prose = smoke/'nbs/10_streams.ipynb'; nb = json.loads(prose.read_text())
+    prose = smoke/'nbs/method/02_streams.ipynb'; nb = json.loads(prose.read_text())
     next(c for c in nb['cells'] if c['cell_type'] == 'markdown')['source'] = '# Other words'
     prose.write_text(json.dumps(nb)); assert status(smoke) == before
     cell = smoke/'nbs/stages/unified_3_sft.ipynb'; kept = cell.read_text(); nb = json.loads(kept)
@@ -101,10 +101,37 @@ def test_prose_of_a_component_reruns_nothing_and_a_cell_reruns_its_stage(smoke):
     try: assert status(smoke) - before == {'unified_3_sft'}
     finally: cell.write_text(kept)
 
+@pytest.fixture
+def docstring(smoke):
+    "Change the module's docstring and put it back."
+    kept = {}
+    def change(module):
+        path = smoke/module; kept[path] = path.read_text()
+        path.write_text(kept[path].replace('"""', '"""Reworded. ', 1))
+    yield change
+    for path, text in kept.items(): path.write_text(text)
+
+TOKENIZER = {'tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder', 'dcae_tuned'}
+TRAININGS = TOKENIZER | {'unified_1_connector', 'unified_2_joint', 'unified_3_sft', 'sana_tuned'}
+
+@pytest.mark.parametrize('module,stale,fresh', [
+    ('spar/unified/flow.py', {'unified_1_connector', 'sana_tuned', 'assemble', 'evaluate_generation'}, TOKENIZER | {'evaluate_reconstruction', 'evaluate_understanding', 'report'}),
+    ('spar/world/edits.py', {'unified_2_joint', 'evaluate_editing'}, TOKENIZER | {'sana_tuned'}),
+    ('spar/running/runner.py', set(), TRAININGS | {'prepare', 'assemble', 'report'}),
+    ('spar/evaluation/report.py', {'report'}, TRAININGS | {'prepare', 'assemble'}),
+    ('spar/pipeline.py', {'assemble'}, TRAININGS | {'prepare'})])
+def test_a_reworded_docstring_reruns_only_what_imports_it(smoke, docstring, module, stale, fresh):
+    before = status(smoke); docstring(module); now = status(smoke) - before
+    assert stale <= now and not now & fresh, now
+
+def test_another_profile_leaves_the_miniature_alone(smoke):
+    assert (smoke/'metrics/mini').is_dir() and all(file_hash(smoke/p) == file_hash(ROOT/p) for p in ('metrics/mini', 'plots/mini'))
+    assert not (smoke/'artifacts/mini').exists() and not (smoke/'runs/mini').exists()
+
 def stage(tree, name): return subprocess.Popen(['spar_stage', name], cwd=tree, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     env={**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': str(tree), 'OMP_NUM_THREADS': '1'})
 
-def result(tree, name): return file_hash(tree/'artifacts'/name), file_hash(tree/'metrics/stages'/f'{name}.json'), file_hash(tree/'plots'/name/'loss.csv')
+def result(tree, name): return [file_hash(tree/p) for p in (f'artifacts/smoke/{name}', f'metrics/smoke/stages/{name}.json', f'plots/smoke/{name}/loss.csv')]
 
 def kill_tree(p):
     for q in [*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)]: q.send_signal(signal.SIGKILL)
@@ -121,25 +148,25 @@ def test_a_killed_stage_continues_to_the_same_bytes(smoke):
 
 def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_model_starts_from_it(smoke):
     smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text())
-    there = lambda name: dict(out=f'artifacts/finer/{name}', metrics=f'metrics/finer/{name}.json', plots=f'plots/finer/{name}')
-    smoked['tokenizer_3_encoder'] |= dict(there('tokenizer_3_encoder'), finer=dict(side=128, loss=dict(gan_start=0.), train=dict(steps=3, lr='3e-4', lr_end=1e-5)))
-    smoked['unified_1_connector'] |= dict(there('unified_1_connector'), tokenizer='artifacts/finer/tokenizer_3_encoder')
+    inputs = dict(prepared='artifacts/smoke/prepared')      # everything else goes to the profile's own folders
+    smoked['tokenizer_3_encoder'] |= dict(inputs, tokenizer_in='artifacts/smoke/tokenizer_2_decoder', finer=dict(side=128, loss=dict(gan_start=0.), train=dict(steps=3, lr='3e-4', lr_end=1e-5)))
+    smoked['unified_1_connector'] |= inputs
     (smoke/'configs/finer.yaml').write_text(yaml.safe_dump(smoked))
     for stage in ('tokenizer_3_encoder', 'unified_1_connector'): assert (done := run(['spar_stage', stage, '--profile', 'finer'], smoke)).returncode == 0, done.stderr[-3000:]
     side = lambda folder: json.loads((smoke/folder/'config.json').read_text())['side']
-    assert side('artifacts/tokenizer_3_encoder') == 64 and side('artifacts/finer/tokenizer_3_encoder') == 128
+    assert side('artifacts/smoke/tokenizer_3_encoder') == 64 and side('artifacts/finer/tokenizer_3_encoder') == 128
     rows = list(csv.DictReader(open(smoke/'plots/finer/tokenizer_3_encoder/finer.csv')))
     assert rows[-1]['step'] == '3' and all(r['L_GAN'] for r in rows)          # the adversary is there from the start
     assert (smoke/'artifacts/finer/unified_1_connector').is_dir() and not list((smoke/'runs/finer').rglob('checkpoint'))
 
 def test_the_control_learns_from_a_corpus_with_its_text_encoder_at_rest(smoke):
     smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text()); name = 'sana_tuned'
-    smoked[name] |= dict(out=f'artifacts/corpus/{name}', metrics=f'metrics/corpus/{name}.json', plots=f'plots/corpus/{name}', train_text_encoder=False,
+    smoked[name] |= dict(prepared='artifacts/smoke/prepared', train_text_encoder=False,
                          source=dict(side=64, sources=dict(captions=dict(path='corpora/captions', task='caption'))))
     (smoke/'configs/corpus.yaml').write_text(yaml.safe_dump(smoked))
     for cmd in (['spar_data', 'pack', 'world:captions', 'corpora/captions', '--count', '24', '--per-shard', '8'], ['spar_stage', name, '--profile', 'corpus']):
         assert (done := run(cmd, smoke)).returncode == 0, done.stderr[-3000:]
-    bases = json.loads((smoke/'artifacts/prepared/backbones.json').read_text())
+    bases = json.loads((smoke/'artifacts/smoke/prepared/backbones.json').read_text())
     of = lambda folder, part: load_file(next((smoke/folder/part).glob('*.safetensors')))
     before, after = (of(f, 'text_encoder') for f in (bases['sana'], f'artifacts/corpus/{name}')); assert all(before[k].equal(v.to(before[k].dtype)) for k, v in after.items())
     before, after = (of(f, 'transformer') for f in (bases['sana'], f'artifacts/corpus/{name}')); assert any(not before[k].equal(v.to(before[k].dtype)) for k, v in after.items())
@@ -153,14 +180,14 @@ def test_the_same_stage_twice_gives_the_same_bytes(smoke):
 def test_a_failing_stage_says_why_on_one_screen(smoke, tmp_path):
     kept = (smoke/'configs/smoke.yaml').read_text()
     try:
-        (smoke/'configs/smoke.yaml').write_text(kept.replace('prepare: {bases: random}', 'prepare: {bases: data/bases}'))
+        (smoke/'configs/smoke.yaml').write_text(kept.replace('bases: random', 'bases: data/bases'))
         done = run(['spar_stage', 'prepare'], smoke); out = done.stdout + done.stderr
         assert done.returncode == 1 and 'data/bases' in out and 'dvc pull data.dvc' in out and len(out.splitlines()) < 40, out
     finally: (smoke/'configs/smoke.yaml').write_text(kept)
 
 
 @pytest.fixture(scope='session')
-def pipe(smoke): return SparPipeline.from_pretrained(smoke/'artifacts/pipeline', 'cpu')
+def pipe(smoke): return SparPipeline.from_pretrained(smoke/'artifacts/smoke/pipeline', 'cpu')
 
 def odd_pictures(folder):
     "A dozen kinds of picture files that people have."
@@ -193,7 +220,7 @@ def test_commands(smoke, pipe, tmp_path, monkeypatch, capsys):
     cli.generate_command(['a red star', '--out', str(a), '--steps', '2', '--num', '2']); cli.edit_command([str(a), 'remove the star', '--steps', '2', '--out', str(b)])
     cli.reconstruct_command([str(a), '--out', str(b)]); cli.answer_command([str(a), 'how many stars are there'])
     assert a.exists() and b.exists() and (tmp_path/'a-1.png').exists() and 'wrote' in capsys.readouterr().out
-    cli.words_command(['--model', str(smoke/'artifacts/pipeline')]); assert 'star' in capsys.readouterr().out.split()
+    cli.words_command(['--model', str(smoke/'artifacts/smoke/pipeline')]); assert 'star' in capsys.readouterr().out.split()
 
 def test_generate_from_the_shell_twice_is_the_same_picture(smoke):
     pictures, before = [], children_cpu()
@@ -207,7 +234,7 @@ def test_generate_from_the_shell_twice_is_the_same_picture(smoke):
                                   'unified/config.json', 'image_tokenizer/config.json', 'mllm/config.json', 'mllm/tokenizer.json'])
 @pytest.mark.parametrize('damage', ['missing', 'cut'])
 def test_damaged_models_name_the_part(smoke, tmp_path, part, damage):
-    shutil.copytree(smoke/'artifacts/pipeline', tmp_path/'pipe'); file = tmp_path/'pipe'/part
+    shutil.copytree(smoke/'artifacts/smoke/pipeline', tmp_path/'pipe'); file = tmp_path/'pipe'/part
     file.unlink() if damage == 'missing' else file.write_bytes(file.read_bytes()[:40])
     with pytest.raises((ValueError, OSError), match=re.escape(part.split('/')[0]) + '(?s:.*)(dvc|make)'): SparPipeline.from_pretrained(tmp_path/'pipe', 'cpu')
 

@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 from ..core import is_first, pick_device, provenance, read_json, write_json
-from .profiles import experiment, notebook_of, resolved, stage_names
-from ..training.stage import profile_name
+from .profiles import complete, experiment, notebook_of, resolved, stage_names
+from ..training.notebook import profile_name
 
 # %% ../../nbs/running/runner.ipynb #8b9837d0
 def kernel_environment(run: Path):
@@ -162,7 +162,7 @@ def stage_command(argv=None):
         profile = args.profile or ('bases' if args.bases else profile_name())
         if args.ablation: print(shlex.join(experiment(args.ablation, profile)))
         elif args.list or not args.name: print('\n'.join(stage_names(kind)))
-        elif args.show: print(json.dumps(resolved(args.name, profile, kind), indent=1))
+        elif args.show: print(json.dumps(complete(args.name, profile, kind), indent=1))
         else: run_stage(args.name, profile, kind)
     except (ValueError, OSError) as e: raise SystemExit(f'spar_stage: {e}') from None
 
