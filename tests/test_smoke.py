@@ -213,14 +213,14 @@ def test_bad_pictures_give_one_line(pipe, smoke, tmp_path, name):
 @pytest.mark.parametrize('prompt,says', [('', 'empty'), ('   ', 'empty'), ('red ' * 200, '200 words'), ('a red staar', "'staar'.*star.*spar_words"), ('a red \N{SNOWMAN}', '\N{SNOWMAN}'), ('<IMG_CONTEXT>', 'special token')])
 def test_bad_prompts_give_one_line(smoke, prompt, says, capsys, tmp_path, pipe, monkeypatch):
     monkeypatch.setattr(cli, 'loaded', lambda args: pipe)
-    with pytest.raises(SystemExit, match=says): cli.generate([prompt, '--out', str(tmp_path/'x.png')])
+    with pytest.raises(SystemExit, match=says): cli.generate_command([prompt, '--out', str(tmp_path/'x.png')])
 
 def test_commands(smoke, pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, 'loaded', lambda args: pipe); a, b = tmp_path/'a.png', tmp_path/'b.png'
-    cli.generate(['a red star', '--out', str(a), '--steps', '2', '--num', '2']); cli.edit([str(a), 'remove the star', '--steps', '2', '--out', str(b)])
-    cli.reconstruct([str(a), '--out', str(b)]); cli.answer([str(a), 'how many stars are there'])
+    cli.generate_command(['a red star', '--out', str(a), '--steps', '2', '--num', '2']); cli.edit_command([str(a), 'remove the star', '--steps', '2', '--out', str(b)])
+    cli.reconstruct_command([str(a), '--out', str(b)]); cli.answer_command([str(a), 'how many stars are there'])
     assert a.exists() and b.exists() and (tmp_path/'a-1.png').exists() and 'wrote' in capsys.readouterr().out
-    cli.words(['--model', str(smoke/'artifacts/smoke/pipeline')]); assert 'star' in capsys.readouterr().out.split()
+    cli.words_command(['--model', str(smoke/'artifacts/smoke/pipeline')]); assert 'star' in capsys.readouterr().out.split()
 
 def test_generate_from_the_shell_twice_is_the_same_picture(smoke):
     pictures, before = [], children_cpu()
@@ -239,4 +239,4 @@ def test_damaged_models_name_the_part(smoke, tmp_path, part, damage):
     with pytest.raises((ValueError, OSError), match=re.escape(part.split('/')[0]) + '(?s:.*)(dvc|make)'): SparPipeline.from_pretrained(tmp_path/'pipe', 'cpu')
 
 def test_no_model_names_the_command(tmp_path):
-    with pytest.raises(SystemExit, match='make repro'): cli.generate(['a red star', '--model', str(tmp_path/'none'), '--out', str(tmp_path/'x.png')])
+    with pytest.raises(SystemExit, match='make repro'): cli.generate_command(['a red star', '--model', str(tmp_path/'none'), '--out', str(tmp_path/'x.png')])
