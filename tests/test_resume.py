@@ -10,7 +10,8 @@ from spar.training.loop import fit
 TOY = '''
 import sys, time, torch, hashlib
 from torch import nn
-from spar.training import Objective, TrainConfig, fit
+from spar.training.loop import fit
+from spar.training.objective import Objective, TrainConfig
 class Fit(Objective):
     def __init__(self):
         super().__init__(); torch.manual_seed(0)
