@@ -140,7 +140,8 @@ def toy(tmp_path_factory):
     cells = [dict(cell_type='code', source=s, id=f'c{i}', outputs=[], execution_count=None, metadata=dict(tags=t)) for i, (s, t) in enumerate(CELLS)]
     spec = dict(kernelspec=dict(name='python3', language='python', display_name='python3'))
     (toy/'nbs/stages/line.ipynb').write_text(json.dumps(dict(cells=cells, metadata=spec, nbformat=4, nbformat_minor=5)))
-    (toy/'params.yaml').write_text('profile: well\n'); (toy/'configs/well.yaml').write_text('line: {ill: false}\n'); (toy/'configs/ill.yaml').write_text('line: {ill: true}\n')
+    (toy/'params.yaml').write_text('profile: well\n')
+    for name, ill in (('well', 'false'), ('ill', 'true')): (toy/f'configs/{name}.yaml').write_text(f'line: {{ill: {ill}}}\n')
     return toy
 
 def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and 'spar' not in p.relative_to(folder).parts[:1])
@@ -148,8 +149,11 @@ def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglo
 def test_every_process_runs_the_notebook_and_the_first_one_writes(toy):
     "Started as the documentation says, in an environment that says nothing of a CPU."
     plain = {k: v for k, v in ENV.items() if k != 'ACCELERATE_USE_CPU'}
-    before = files(toy); code, out = start([*LAUNCH, '-m', 'spar.running.runner', 'line'], toy, plain); assert code == 0 and out.count('built') == 1, out[-3000:]
-    assert sorted(set(files(toy)) - set(before)) == ['artifacts/line/weights.json', 'metrics/well/run.json', 'plots/line/4.json', 'plots/line/loss.csv', 'plots/line/loss.png',
+    before = files(toy)
+    code, out = start([*LAUNCH, '-m', 'spar.running.runner', 'line'], toy, plain)
+    assert code == 0 and out.count('built') == 1, out[-3000:]
+    assert sorted(set(files(toy)) - set(before)) == ['artifacts/line/weights.json', 'metrics/well/run.json',
+                                                     'plots/line/4.json', 'plots/line/loss.csv', 'plots/line/loss.png',
                                                      'runs/well/line.ipynb', 'runs/well/line/rank1.ipynb']
     assert json.loads((toy/'artifacts/line/weights.json').read_text())['rank'] == 0
 
