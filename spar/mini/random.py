@@ -31,6 +31,7 @@ def _networks(words, sizes: dict):
     text = mini_text_encoder(tk, **sizes.get('text', {}))
     return MLLM(hf, tk), DCAE(dcae), Text2Image(dit, text, tk)
 
+# %% ../../nbs/mini/random.ipynb #de522d97
 def random_bases(
     folder,  # gets one subfolder a base
     words,  # the vocabulary

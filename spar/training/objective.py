@@ -36,12 +36,13 @@ class Objective(nn.Module):
 
     def forward(self, batch, weights, player='model'): return self.terms(batch, weights, player)
 
-# %% ../../nbs/training/objective.ipynb #6f8dfe4b
+# %% ../../nbs/training/objective.ipynb #432184e1
 _CHOICES = dict(
     tracker=('none', 'dvclive', 'tensorboard', 'wandb'), optimizer=('adamw', 'muon'),
     precision=('auto', 'bf16', 'no'), attention=('auto', 'sdpa', 'eager'),
 )
 
+# %% ../../nbs/training/objective.ipynb #6f8dfe4b
 @dataclass
 class TrainConfig(Config):
     "How to take steps. `batch_size` is global: the learning rate never depends on the number of processes."
