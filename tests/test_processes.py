@@ -9,13 +9,18 @@ from conftest import ROOT
 PROGRAM = '''
 import os, sys, torch
 from safetensors.torch import save_file
-import spar.training as training
+import spar.training.loop as training
 from spar.core import is_first
-from spar.backbones import load_mllm, load_dcae, load_sana
-from spar.shards import corpus_of
-from spar.tokenizer import new_tokenizer
-from spar.training import TrainConfig, fit
-from spar.unified import Unified, UnifiedConfig, UnifiedObjective, StageConfig
+from spar.backbones.dcae import load_dcae
+from spar.backbones.mllm import load_mllm
+from spar.backbones.sana import load_sana
+from spar.scale.data.corpus import corpus_of
+from spar.tokenizer.model import new_tokenizer
+from spar.training.objective import TrainConfig
+from spar.unified.model import Unified, UnifiedConfig
+from spar.unified.training import StageConfig, UnifiedObjective
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 base, run, how = sys.argv[1], sys.argv[2], sys.argv[3:]
 if 'fsdp' in how:           # accelerate itself takes FSDP2 on accelerators only; on the CPU it is asked for by hand
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -31,8 +36,8 @@ if 'dies' in how:           # after the checkpoint of step 4
     def dying(r, micros, t):
         if t < 4: return step(r, micros, t)
         if 'fsdp' in how:
-            assert all(isinstance(p, training.DTensor) for p in r.averaged + r.ema.shadow_params)
-            assert sum(isinstance(m, training.FSDPModule) for m in r.objective.modules()) > 3
+            assert all(isinstance(p, DTensor) for p in r.averaged + r.ema.shadow_params)
+            assert sum(isinstance(m, FSDPModule) for m in r.objective.modules()) > 3
         print('DIED', flush=True); torch.distributed.barrier() if torch.distributed.is_initialized() else None; os._exit(3)
     training.players_step = dying
 mllm, dcae = load_mllm(f'{base}/mllm'), load_dcae(f'{base}/dcae')
@@ -44,15 +49,16 @@ tokenizer.measure(dcae, [corpus.batch([0, 1])])
 settings = dict(condition=dict(queries=4, layers=1), alignment=dict(block=1, hidden=32))
 unified = Unified(mllm, tokenizer, load_sana(f'{base}/sana').transformer, UnifiedConfig.from_dict(settings), dcae)
 objective = UnifiedObjective(unified, StageConfig('joint'))
-history = fit(objective, corpus, TrainConfig.from_dict(train), 0, run, 'f')
-assert not any(isinstance(p, training.DTensor) for p in objective.parameters())
+history = training.fit(objective, corpus, TrainConfig.from_dict(train), 0, run, 'f')
+assert not any(isinstance(p, DTensor) for p in objective.parameters())
 history.save(run + '/loss.csv')
 if is_first(): save_file({k: v.contiguous().clone() for k, v in unified.state_dict().items() if not k.startswith('mllm')}, run + '/end.safetensors')
 '''
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': '1', 'PYTHONHASHSEED': '0'}
 TWO = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-LAUNCH = [str(Path(sys.executable).with_name('accelerate-launch')), '--config_file', str(ROOT/'configs/accelerate/ddp.yaml'), '--num_processes', '2', '--main_process_port', '0']      # as documented; 0: any free port
+LAUNCH = [str(Path(sys.executable).with_name('accelerate-launch')), '--config_file', str(ROOT/'configs/accelerate/ddp.yaml'),
+          '--num_processes', '2', '--main_process_port', '0']      # as documented; 0: any free port
 
 def start(cmd, cwd=ROOT, env=ENV):
     done = subprocess.run(cmd, cwd=cwd, env={**env, 'PYTHONPATH': os.pathsep.join([str(cwd), str(ROOT)])}, capture_output=True, text=True, timeout=240)
@@ -105,8 +111,9 @@ import accelerate, os, torch
 from pathlib import Path
 from spar.core import atomic_path, read_json, write_json
 from spar.figures import save_figure
-from spar.stages import Stage
-from spar.training import Objective, TrainConfig, fit
+from spar.training.loop import fit
+from spar.training.objective import Objective, TrainConfig
+from spar.training.stage import Stage
 class Line(Objective):
     def __init__(self): super().__init__(); torch.manual_seed(0); self.net = torch.nn.Linear(1, 1)
     def weights(self, progress, player="model"): return {"mse": 1.}
@@ -133,7 +140,8 @@ def toy(tmp_path_factory):
     cells = [dict(cell_type='code', source=s, id=f'c{i}', outputs=[], execution_count=None, metadata=dict(tags=t)) for i, (s, t) in enumerate(CELLS)]
     spec = dict(kernelspec=dict(name='python3', language='python', display_name='python3'))
     (toy/'nbs/stages/line.ipynb').write_text(json.dumps(dict(cells=cells, metadata=spec, nbformat=4, nbformat_minor=5)))
-    (toy/'params.yaml').write_text('profile: well\n'); (toy/'configs/well.yaml').write_text('line: {ill: false}\n'); (toy/'configs/ill.yaml').write_text('line: {ill: true}\n')
+    (toy/'params.yaml').write_text('profile: well\n')
+    for name, ill in (('well', 'false'), ('ill', 'true')): (toy/f'configs/{name}.yaml').write_text(f'line: {{ill: {ill}}}\n')
     return toy
 
 def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and 'spar' not in p.relative_to(folder).parts[:1])
@@ -141,15 +149,18 @@ def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglo
 def test_every_process_runs_the_notebook_and_the_first_one_writes(toy):
     "Started as the documentation says, in an environment that says nothing of a CPU."
     plain = {k: v for k, v in ENV.items() if k != 'ACCELERATE_USE_CPU'}
-    before = files(toy); code, out = start([*LAUNCH, '-m', 'spar.runner', 'line'], toy, plain); assert code == 0 and out.count('built') == 1, out[-3000:]
-    assert sorted(set(files(toy)) - set(before)) == ['artifacts/line/weights.json', 'metrics/run.json', 'plots/line/4.json', 'plots/line/loss.csv', 'plots/line/loss.png',
+    before = files(toy)
+    code, out = start([*LAUNCH, '-m', 'spar.running.runner', 'line'], toy, plain)
+    assert code == 0 and out.count('built') == 1, out[-3000:]
+    assert sorted(set(files(toy)) - set(before)) == ['artifacts/line/weights.json', 'metrics/well/run.json',
+                                                     'plots/line/4.json', 'plots/line/loss.csv', 'plots/line/loss.png',
                                                      'runs/well/line.ipynb', 'runs/well/line/rank1.ipynb']
     assert json.loads((toy/'artifacts/line/weights.json').read_text())['rank'] == 0
 
 def test_one_process_that_fails_ends_all(toy):
-    began = time.time(); code, out = start([*TWO, '-m', 'spar.runner', 'line', '--profile', 'ill'], toy)
+    began = time.time(); code, out = start([*TWO, '-m', 'spar.running.runner', 'line', '--profile', 'ill'], toy)
     assert code and 'process 1 is ill' in out and 'runs/ill/line/rank1.ipynb' in out and time.time() - began < 60, out[-3000:]
-    mine = lambda p: any('ipykernel' in a or 'spar.runner' in a for a in p.cmdline()) and p.cwd() == str(toy.resolve())
+    mine = lambda p: any('ipykernel' in a or 'spar.running.runner' in a for a in p.cmdline()) and p.cwd() == str(toy.resolve())
     def alive():
         found = []
         for p in psutil.process_iter():

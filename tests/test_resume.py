@@ -10,7 +10,8 @@ from spar.training.loop import fit
 TOY = '''
 import sys, time, torch, hashlib
 from torch import nn
-from spar.training import Objective, TrainConfig, fit
+from spar.training.loop import fit
+from spar.training.objective import Objective, TrainConfig
 class Fit(Objective):
     def __init__(self):
         super().__init__(); torch.manual_seed(0)
@@ -19,7 +20,8 @@ class Fit(Objective):
     def weights(self, progress, player='model'): return {'mse': 1., 'fool': .1 * (progress > .3)} if player == 'model' else {'tell': float(progress > .3)}
     def terms(self, batch, weights, player='model'):
         y = self.net(batch['x']); d = self.critic(y if player == 'model' else y.detach())
-        every = dict(mse=lambda: (y - 1).square().mean(), fool=lambda: -d.mean(), tell=lambda: d.square().mean() + (self.critic(batch['x'][:, :1]) - 1).square().mean())
+        tell = lambda: d.square().mean() + (self.critic(batch['x'][:, :1]) - 1).square().mean()
+        every = dict(mse=lambda: (y - 1).square().mean(), fool=lambda: -d.mean(), tell=tell)
         return {k: every[k]() for k in weights}
 class Data:
     def __getitem__(self, k): time.sleep(.002); return dict(x=torch.randn(4, generator=torch.Generator().manual_seed(int(k))), index=k)
@@ -29,7 +31,9 @@ fit(obj, Data(), TrainConfig(steps=60, batch_size=4, accumulate=2, warmup=5, ema
 print('HASH', hashlib.sha256(b''.join(v.numpy().tobytes() for v in obj.state_dict().values())).hexdigest())
 '''
 
-def start(folder): return subprocess.Popen([sys.executable, '-c', TOY, str(folder)], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def start(folder):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-c', TOY, str(folder)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 def finish(p):
     out = p.communicate(timeout=240)[0]; assert p.returncode == 0, out
@@ -86,4 +90,5 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
     if not lacking: pytest.skip('every tracker is installed')
     class Mean(Objective):
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=f'pip install {lacking[0]}'): fit(Mean(), [], TrainConfig(steps=1, tracker=lacking[0], precision='no'), 0, tmp_path, 'x')
+    with pytest.raises(ValueError, match=f'pip install {lacking[0]}'):
+        fit(Mean(), [], TrainConfig(steps=1, tracker=lacking[0], precision='no'), 0, tmp_path, 'x')

@@ -21,12 +21,14 @@ def mini_dcae(
 ) -> AutoencoderDC:
     "A small autoencoder of the real class, random: f8, c16."
     n = len(channels)
-    return AutoencoderDC(in_channels=3, latent_channels=latent, attention_head_dim=32,
+    return AutoencoderDC(
+        in_channels=3, latent_channels=latent, attention_head_dim=32,
         encoder_block_types=['ResBlock'] * n, decoder_block_types=['ResBlock'] * n,
         encoder_block_out_channels=list(channels), decoder_block_out_channels=list(channels),
         encoder_layers_per_block=list(enc_layers), decoder_layers_per_block=list(dec_layers),
         encoder_qkv_multiscales=[[] for _ in range(n)], decoder_qkv_multiscales=[[] for _ in range(n)],
-        downsample_block_type='pixel_unshuffle', upsample_block_type='pixel_shuffle', scaling_factor=1.0)
+        downsample_block_type='pixel_unshuffle', upsample_block_type='pixel_shuffle', scaling_factor=1.0,
+    )
 
 # %% ../../nbs/backbones/dcae.ipynb #75ef6c58
 class DCAE(nn.Module):
@@ -34,26 +36,27 @@ class DCAE(nn.Module):
     def __init__(self, hf: AutoencoderDC):
         super().__init__()
         self.hf = hf
-        self.factor, self.channels, self.scale = (
-            hf.spatial_compression_ratio,
-            hf.config.latent_channels,
-            hf.config.scaling_factor,
-        )
+        self.factor, self.channels = hf.spatial_compression_ratio, hf.config.latent_channels
+        self.scale = hf.config.scaling_factor
+
     @property
     def decoder(self): return self.hf.decoder
     @property
     def device(self): return next(self.hf.parameters()).device
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         "[B, 3, H, W] in [-1, 1] -> [B, c, H/f, W/f]."
         return self.hf.encoder(x)
+
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         "[B, c, h, h] -> [B, 3, f h, f h]."
         return self.hf.decoder(z)
+
     def forward(self, x): return self.decode(self.encode(x))
 
 # %% ../../nbs/backbones/dcae.ipynb #fd3dbbd0
 def load_dcae(path, dtype=torch.float32) -> DCAE:
-    "DC-AE from a folder, frozen; convolutions keep channels last, which is faster on a CPU and no slower elsewhere."
+    "DC-AE from a folder, frozen; channels last, which is faster on a CPU and no slower elsewhere."
     path = need_folder(path, 'DC-AE')
     hf, info = AutoencoderDC.from_pretrained(path, torch_dtype=dtype, output_loading_info=True)
     check_loading(info, path, 'DC-AE')
@@ -61,6 +64,6 @@ def load_dcae(path, dtype=torch.float32) -> DCAE:
 
 # %% ../../nbs/backbones/dcae.ipynb #58d922e4
 def save_dcae(dcae: DCAE, path, dtype=torch.bfloat16):
-    "Write config and weights, in the first process alone."
+    "Write config and weights in the layout that `load_dcae` reads, in the first process alone."
     if not is_first(): return
     with atomic_path(path) as tmp: cast(dcae.hf, dtype).save_pretrained(tmp)

@@ -12,11 +12,12 @@ import torch.nn as nn
 
 # %% ../../nbs/backbones/folders.ipynb #41887436
 def need_folder(path, what: str) -> Path:
-    "The folder, or an error that says how to get it."
+    "The folder as a `Path`, or an error that says how to get it; SANA keeps its config.json in `transformer/`."
     path = Path(path)
     if not (path / 'config.json').is_file() and not (path / 'transformer').is_dir():
         raise FileNotFoundError(
-            f'{what}: no checkpoint in {str(path)!r} (config.json is missing). Fetch the inputs with `dvc pull data.dvc`, or set the path in the profile.'
+            f'{what}: no checkpoint in {str(path)!r} (config.json is missing). '
+            'Fetch the inputs with `dvc pull data.dvc`, or set the path in the profile.'
         )
     return path
 

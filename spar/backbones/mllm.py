@@ -7,6 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'mini_mllm', 'pixel_shuffle', 'Encod
            'load_mllm', 'save_mllm']
 
 # %% ../../nbs/backbones/mllm.ipynb #c7a154be
+from functools import partial
 from ..core import atomic_path, freeze, pick_device
 import torch
 import torch.nn as nn
@@ -21,6 +22,24 @@ from .folders import cast, check_loading, need_folder
 from .words import encode_text, is_word_level, make_tokenizer
 
 # %% ../../nbs/backbones/mllm.ipynb #6e437153
+def _vision_config(dim: int, layers: int, heads: int, side: int, patch: int) -> InternVLVisionConfig:
+    "The tower of `mini_mllm`."
+    return InternVLVisionConfig(
+        hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=dim * 4,
+        attention_bias=True, image_size=[side, side], patch_size=[patch, patch], layer_scale_init_value=1.0,
+    )
+
+def _text_config(tokenizer, dim: int, layers: int, heads: int, ffn: int) -> Qwen2Config:
+    "The language model of `mini_mllm`: two query heads share one key head, the head is not tied."
+    ids = tokenizer.convert_tokens_to_ids
+    return Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=1024,
+        use_cache=True, tie_word_embeddings=False, initializer_range=dim**-0.5 / 2,
+        pad_token_id=ids('<pad>'), bos_token_id=ids('<bos>'), eos_token_id=ids('<eos>'),
+    )
+
+# %% ../../nbs/backbones/mllm.ipynb #d6a06f51
 def mini_mllm(
     words,  # vocabulary (texts or words), or a tokenizer
     dim: int = 128,  # D, width of the language model = D_s
@@ -36,41 +55,12 @@ def mini_mllm(
 ):  # -> (InternVLForConditionalGeneration, tokenizer), random
     "A small multimodal model of the real class, and its tokenizer."
     tk = words if hasattr(words, 'get_vocab') else make_tokenizer(words)
-    vocab, ids = len(tk), tk.convert_tokens_to_ids
-    vision = InternVLVisionConfig(
-        hidden_size=vision_dim,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=vision_heads,
-        attention_bias=True,
-        intermediate_size=vision_dim * 4,
-        image_size=[side, side],
-        patch_size=[patch, patch],
-        layer_scale_init_value=1.0,
-    )
-    text = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=dim,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        max_position_embeddings=1024,
-        use_cache=True,
-        tie_word_embeddings=False,
-        initializer_range=dim**-0.5 / 2,
-        pad_token_id=ids('<pad>'),
-        bos_token_id=ids('<bos>'),
-        eos_token_id=ids('<eos>'),
-    )
-    cfg = InternVLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=ids('<IMG_CONTEXT>'),
-        downsample_ratio=downsample,
-        image_seq_length=round((side / patch * downsample) ** 2),
-        tie_word_embeddings=False,
-    )
-    model = InternVLForConditionalGeneration(cfg)
+    model = InternVLForConditionalGeneration(InternVLConfig(
+        vision_config=_vision_config(vision_dim, vision_layers, vision_heads, side, patch),
+        text_config=_text_config(tk, dim, layers, heads, ffn),
+        image_token_id=tk.convert_tokens_to_ids('<IMG_CONTEXT>'), tie_word_embeddings=False,
+        downsample_ratio=downsample, image_seq_length=round((side / patch * downsample) ** 2),
+    ))
     nn.init.trunc_normal_(model.model.vision_tower.embeddings.position_embeddings, std=.02)
     return model, tk
 
@@ -83,12 +73,8 @@ def pixel_shuffle(
 ) -> torch.Tensor:  # [B, h*ratio, w*ratio, C/ratio²]
     "InternVL's space-to-channel step, with its own order of channels."
     b, h, w, c = x.shape
-    x = x.reshape(b, h, int(w * ratio), int(c / ratio)).permute(
-        0, 2, 1, 3
-    )
-    x = x.reshape(
-        b, int(w * ratio), int(h * ratio), int(c / ratio**2)
-    )
+    x = x.reshape(b, h, int(w * ratio), int(c / ratio)).permute(0, 2, 1, 3)
+    x = x.reshape(b, int(w * ratio), int(h * ratio), int(c / ratio**2))
     return x.permute(0, 2, 1, 3)
 
 # %% ../../nbs/backbones/mllm.ipynb #915e97a0
@@ -102,18 +88,6 @@ class Encoder(nn.Module):
         self.register_buffer('mean', torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer('std', torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
-    def grid(self, side: int | None = None) -> int:
-        "Tokens along one side of the picture."
-        return int((side or self.side) // self.patch * self.ratio)
-
-    def pixels(self, images):
-        "[-1, 1] at any size -> ImageNet-normalised at the encoder's own size."
-        if images.shape[-1] != self.side or images.shape[-2] != self.side:
-            images = F.interpolate(
-                images.float(), (self.side, self.side), mode='bicubic', antialias=True, align_corners=False
-            )
-        return (images * .5 + .5 - self.mean) / self.std
-
     def forward(
         self,
         images: torch.Tensor,  # [B, 3, H, W] in [-1, 1]
@@ -123,6 +97,20 @@ class Encoder(nn.Module):
         h = int(x.shape[1] ** .5)
         return self.projector(pixel_shuffle(x.unflatten(1, (h, h)), self.ratio).flatten(1, 2))
 
+# %% ../../nbs/backbones/mllm.ipynb #487b1dfb
+@patch
+def grid(self: Encoder, side: int | None = None) -> int:
+    "Tokens along one side of the picture."
+    return int((side or self.side) // self.patch * self.ratio)
+
+@patch
+def pixels(self: Encoder, images: torch.Tensor) -> torch.Tensor:
+    "[-1, 1] at any size -> ImageNet-normalised at the encoder's own size."
+    if images.shape[-1] != self.side or images.shape[-2] != self.side:
+        size = self.side, self.side
+        images = F.interpolate(images.float(), size, mode='bicubic', antialias=True, align_corners=False)
+    return (images * .5 + .5 - self.mean) / self.std
+
 # %% ../../nbs/backbones/mllm.ipynb #adbc9440
 def pad_left(
     rows,  # list of id lists
@@ -131,15 +119,9 @@ def pad_left(
 ):  # -> ids [B, T], mask [B, T]
     "Batch sequences of unequal length, padded on the left."
     T = max(map(len, rows))
-    ids = torch.tensor(
-        [[pad] * (T - len(r)) + list(r) for r in rows], dtype=torch.long, device=device
-    )
-    mask = torch.tensor(
-        [[0] * (T - len(r)) + [1] * len(r) for r in rows],
-        dtype=torch.long,
-        device=device,
-    )
-    return ids, mask
+    ids = [[pad] * (T - len(r)) + list(r) for r in rows]
+    mask = [[0] * (T - len(r)) + [1] * len(r) for r in rows]
+    return tuple(torch.tensor(m, dtype=torch.long, device=device) for m in (ids, mask))
 
 # %% ../../nbs/backbones/mllm.ipynb #a1a876a0
 def position_ids(mask: torch.Tensor) -> torch.Tensor:
@@ -160,6 +142,7 @@ class MLLM(nn.Module):
     def lm(self):
         "The language model without its head."
         return self.hf.model.language_model
+
     @property
     def side(self): return self.encoder.side
     @property
@@ -170,13 +153,10 @@ class MLLM(nn.Module):
 # %% ../../nbs/backbones/mllm.ipynb #6b3cd7f1
 @patch
 def image_text(self: MLLM, n: int | None = None) -> str:
-    "The text that holds an image's place: `n` context tokens between <img> and </img>."
+    "The text that stands for an image: `n` context tokens between <img> and </img>."
     n = self.grid() ** 2 if n is None else n
-    return (
-        ('<img> ' + '<IMG_CONTEXT> ' * n + '</img> ')
-        if is_word_level(self.tokenizer)
-        else '<img>' + '<IMG_CONTEXT>' * n + '</img>\n'
-    )
+    if is_word_level(self.tokenizer): return '<img> ' + '<IMG_CONTEXT> ' * n + '</img> '
+    return '<img>' + '<IMG_CONTEXT>' * n + '</img>\n'
 
 @patch
 def chat_text(self: MLLM, text, has_image=False, answer=None) -> str:
@@ -217,6 +197,13 @@ def splice(
         )
     return embeds.masked_scatter(mask[..., None].expand_as(embeds), values.to(embeds.dtype))
 
+# %% ../../nbs/backbones/mllm.ipynb #e9292a11
+def _causal(lm, embeds, mask, positions):
+    "The causal mask that transformers makes of a padding mask [B, T]; a 4-d mask stays as it is."
+    if mask.dim() == 4: return mask
+    given = dict(past_key_values=None, position_ids=positions)
+    return create_causal_mask(config=lm.config, inputs_embeds=embeds, attention_mask=mask, **given)
+
 # %% ../../nbs/backbones/mllm.ipynb #e33b525f
 @patch
 def states(
@@ -231,16 +218,14 @@ def states(
     "Hidden states after the given layers; nothing else is kept."
     bad = [k for k in layers if not 1 <= k <= self.num_layers]
     if bad: raise ValueError(f'layer {bad[0]} does not exist; layers are 1..{self.num_layers} (0 are the embeddings).')
-    lm, kept, h = self.lm, {}, embeds
     if positions is None: positions = position_ids(attention_mask)
-    mask = attention_mask if attention_mask.dim() == 4 else create_causal_mask(config=lm.config, inputs_embeds=h,
-        attention_mask=attention_mask, past_key_values=None, position_ids=positions)
-    rope = lm.rotary_emb(h, positions)
-    for k, layer in enumerate(lm.layers[:max(layers)], 1):
-        step = lambda h, layer=layer: layer(h, attention_mask=mask, position_embeddings=rope, position_ids=positions)
+    mask, rotary = _causal(self.lm, embeds, attention_mask, positions), self.lm.rotary_emb(embeds, positions)
+    out, h = {}, embeds
+    for k, layer in enumerate(self.lm.layers[:max(layers)], 1):
+        step = partial(layer, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
         h = recompute(step, h, use_reentrant=False) if checkpoint else step(h)
-        if k in layers: kept[k] = h if raw else lm.norm(h)
-    return [kept[k] for k in layers]
+        if k in layers: out[k] = h if raw else self.lm.norm(h)
+    return [out[k] for k in layers]
 
 # %% ../../nbs/backbones/mllm.ipynb #837be255
 @patch
@@ -256,10 +241,13 @@ def answer(
     ids, mask = pad_left([self.chat_ids(q, images is not None) for q in questions], self.pad_token, self.device)
     embeds = self.embed(ids)
     if images is not None:
-        embeds = self.splice(embeds, ids == self.image_token, (encoder or self.encoder)(images.to(self.device)))
+        f_v = (encoder or self.encoder)(images.to(self.device))
+        embeds = self.splice(embeds, ids == self.image_token, f_v)
     eos = self.hf.generation_config.eos_token_id or self.hf.config.text_config.eos_token_id
-    out = self.hf.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                           eos_token_id=eos, pad_token_id=self.pad_token)
+    out = self.hf.generate(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+        eos_token_id=eos, pad_token_id=self.pad_token,
+    )
     return [t.strip() for t in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 # %% ../../nbs/backbones/mllm.ipynb #e3c6158e
@@ -274,7 +262,7 @@ def load_mllm(path, side: int | None = None, dtype=torch.float32) -> MLLM:
 
 # %% ../../nbs/backbones/mllm.ipynb #10a14ad4
 def save_mllm(mllm: MLLM, path, dtype=torch.bfloat16):
-    "Write config, weights and tokenizer."
+    "Write config, weights and tokenizer in the layout that `load_mllm` reads."
     with atomic_path(path) as tmp:
         cast(mllm.hf, dtype).save_pretrained(tmp)
         mllm.tokenizer.save_pretrained(tmp)

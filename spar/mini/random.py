@@ -15,6 +15,23 @@ from ..backbones.perceptual import save_lpips
 from ..backbones.sana import mini_sana, mini_text_encoder, save_sana, Text2Image
 
 # %% ../../nbs/mini/random.ipynb #946d5196
+_TINY = dict(
+    mllm=dict(dim=32, layers=4, heads=4, ffn=64, vision_dim=32, vision_layers=2),
+    dcae=dict(channels=(16, 16, 32, 32), enc_layers=(0, 1, 1, 1), dec_layers=(0, 1, 1, 1)),
+    sana=dict(text_dim=32, layers=3, heads=2, head_dim=16),
+    text=dict(dim=32, layers=1),
+)
+
+# %% ../../nbs/mini/random.ipynb #d6470336
+def _networks(words, sizes: dict):
+    "MLLM, autoencoder and text-to-image base, in the order in which their weights are drawn."
+    hf, tk = mini_mllm(words, **sizes.get('mllm', {}))
+    dcae = mini_dcae(**sizes.get('dcae', {}))
+    dit = mini_sana(**sizes.get('sana', {}))
+    text = mini_text_encoder(tk, **sizes.get('text', {}))
+    return MLLM(hf, tk), DCAE(dcae), Text2Image(dit, text, tk)
+
+# %% ../../nbs/mini/random.ipynb #de522d97
 def random_bases(
     folder,  # gets one subfolder a base
     words,  # the vocabulary
@@ -24,21 +41,13 @@ def random_bases(
 ) -> dict:  # name -> path
     "Write a random version of every base, in the layout of the trained ones."
     from torchvision.models import squeezenet1_1
-    folder = Path(folder)
-    paths = {n: str(folder / n) for n in ('mllm', 'dcae', 'sana', 'lpips', *(more or {}))}
+    paths = {n: str(Path(folder) / n) for n in ('mllm', 'dcae', 'sana', 'lpips', *(more or {}))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, 'random bases') % 2 ** 31)
-        hf, tk = mini_mllm(
-            words, **(dict(dim=32, layers=4, heads=4, ffn=64, vision_dim=32, vision_layers=2) if tiny else {})
-        )
-        ae = mini_dcae(
-            **(dict(channels=(16, 16, 32, 32), enc_layers=(0, 1, 1, 1), dec_layers=(0, 1, 1, 1)) if tiny else {})
-        )
-        dit = mini_sana(**(dict(text_dim=32, layers=3, heads=2, head_dim=16) if tiny else {}))
-        text = mini_text_encoder(tk, **(dict(dim=32, layers=1) if tiny else {}))
-        save_mllm(MLLM(hf, tk), paths['mllm'])
-        save_dcae(DCAE(ae), paths['dcae'])
-        save_sana(Text2Image(dit, text, tk), paths['sana'])
+        mllm, dcae, sana = _networks(words, _TINY if tiny else {})
+        save_mllm(mllm, paths['mllm'])
+        save_dcae(dcae, paths['dcae'])
+        save_sana(sana, paths['sana'])
         save_lpips(squeezenet1_1().features.state_dict(), paths['lpips'])
         for name, write in (more or {}).items(): write(paths[name])
     return paths

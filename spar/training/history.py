@@ -6,39 +6,38 @@
 __all__ = ['History']
 
 # %% ../../nbs/training/history.ipynb #e8087d1e
+from fastcore.basics import patch
 from ..core import atomic_path
 
 # %% ../../nbs/training/history.ipynb #9cc79bc6
 class History:
     "Rows of a run: step, learning rate, gradient norm and the mean of every term since the last row."
     def __init__(self, rows=None, finished=False): self.rows, self.finished, self.step = rows or [], finished, 0
-    def column(self, name): return [(r['step'], r[name]) for r in self.rows if name in r]
-    def names(self): return sorted({k for r in self.rows for k in r} - {'step', 'lr'})
+
+    def column(self, name):
+        "Pairs (step, value) of one term."
+        return [(r['step'], r[name]) for r in self.rows if name in r]
+
+    def names(self):
+        "All terms, sorted."
+        return sorted({k for r in self.rows for k in r} - {'step', 'lr'})
 
     def save(self, path):
-        "A CSV that DVC plots; no times in it, so that equal runs write equal bytes."
+        "A CSV that DVC plots; a term that a row lacks is an empty field."
         cols = ['step', 'lr', *self.names()]
-        with atomic_path(path) as tmp:
-            tmp.write_text(
-                '\n'.join(
-                    [','.join(cols)]
-                    + [
-                        ','.join(f'{r[c]:.6g}' if c in r else '' for c in cols)
-                        for r in self.rows
-                    ]
-                )
-                + '\n'
-            )
+        lines = [','.join(f'{r[c]:.6g}' if c in r else '' for c in cols) for r in self.rows]
+        with atomic_path(path) as tmp: tmp.write_text('\n'.join([','.join(cols), *lines]) + '\n')
 
-    def plot(self, names=None):
-        "One small panel a term; returns the figure."
-        import matplotlib.pyplot as plt
-        names = names or self.names()
-        fig, axs = plt.subplots(
-            1, max(1, len(names)), figsize=(2.6 * max(1, len(names)), 2.1), squeeze=False, constrained_layout=True
-        )
-        for ax, n in zip(axs[0], names):
-            if pts := self.column(n): ax.plot(*zip(*pts), lw=1)
-            ax.set(title=n, xlabel='step')
-            if pts and min(y for _, y in pts) > 0: ax.set_yscale('log')
-        return fig
+# %% ../../nbs/training/history.ipynb #c8e83436
+@patch
+def plot(self: History, names=None):
+    "One small panel a term; returns the figure."
+    import matplotlib.pyplot as plt
+    names = names or self.names()
+    n = max(1, len(names))
+    fig, axs = plt.subplots(1, n, figsize=(2.6 * n, 2.1), squeeze=False, constrained_layout=True)
+    for ax, name in zip(axs[0], names):
+        if pts := self.column(name): ax.plot(*zip(*pts), lw=1)
+        ax.set(title=name, xlabel='step')
+        if pts and min(y for _, y in pts) > 0: ax.set_yscale('log')
+    return fig
