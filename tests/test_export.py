@@ -52,7 +52,8 @@ def photo(tmp_path):
     return tmp_path/'photo.png'
 
 def stranger(folder, photo, out):
-    done = subprocess.run([sys.executable, '-I', '-c', STRANGER, str(folder), str(photo), str(out), *QUESTIONS], capture_output=True, text=True, cwd=photo.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, '-I', '-c', STRANGER, str(folder), str(photo), str(out), *QUESTIONS], capture_output=True, text=True,
+        cwd=photo.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), torch.load(out, weights_only=True)
 

@@ -67,12 +67,14 @@ def bad_folder(tmp_path_factory):
     (root/'cut.jpg').write_bytes(jpg()[:700]); (root/'bomb.png').write_bytes(bomb()); (root/'nothing.jpg').write_bytes(b'')
     (root/'vector.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'); (root/'link.jpg').symlink_to(out/'secret.jpg')
     rows = [dict(image=f'{i}.jpg', caption=f'number {i}') for i in range(40)]
-    rows += [dict(image=p, caption='defect') for p in ('cut.jpg', 'bomb.png', 'nothing.jpg', 'vector.jpg', 'link.jpg', '../outside/secret.jpg', str(out/'secret.jpg'), 'gone.jpg')]
+    rows += [dict(image=p, caption='defect') for p in ('cut.jpg', 'bomb.png', 'nothing.jpg', 'vector.jpg', 'link.jpg', '../outside/secret.jpg',
+        str(out/'secret.jpg'), 'gone.jpg')]
     rows += [dict(image='1.jpg', caption='  '), dict(image='2.jpg'), dict(caption='no picture'), dict(image='3.jpg', caption=7)]
     (root/'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n{"image": "4.jpg", "capti')
     return root
 
-KINDS = {'broken image': 3, 'too many pixels': 1, 'outside the folder': 3, 'missing file': 1, 'empty text': 1, 'missing field': 2, 'broken text': 1, 'broken row': 1}
+KINDS = {'broken image': 3, 'too many pixels': 1, 'outside the folder': 3, 'missing file': 1, 'empty text': 1, 'missing field': 2, 'broken text': 1,
+    'broken row': 1}
 
 def test_check_names_every_defect_of_a_folder(bad_folder):
     report = examine(SourceConfig(path=str(bad_folder)), 0)
@@ -106,19 +108,24 @@ def test_pictures_that_pillow_would_still_open_are_refused_too(side):
 def test_shards_with_defects_are_survived(tmp_path, caplog):
     root, good = tmp_path/'s', jpg((10, 20, 200)); (tmp_path/'secret.jpg').write_bytes(jpg())
     shard(root/'a.tar', [dict(jpg=good, txt=f'number {i}') for i in range(20)])
-    shard(root/'b.tar', [dict(jpg=good[:600], txt='cut'), dict(jpg=good, txt=' '), dict(txt='no picture'), dict(jpg=good), dict(png=bomb(), txt='bomb'), dict(jpg=good, txt=b'\xff\xfe')])
+    shard(root/'b.tar', [dict(jpg=good[:600], txt='cut'), dict(jpg=good, txt=' '), dict(txt='no picture'), dict(jpg=good),
+        dict(png=bomb(), txt='bomb'), dict(jpg=good, txt=b'\xff\xfe')])
     data = shard(tmp_path/'whole.tar', [dict(jpg=good, txt=f'number {i + 20}') for i in range(10)]).read_bytes()
     (root/'c.tar').write_bytes(data[:scan(tmp_path/'whole.tar')[0][4] + 300]); (root/'d.tar').write_bytes(b'not a tar' * 200); (root/'e.tar').write_bytes(b'')
     with tarfile.open(root/'f.tar', 'w') as t:
         def add(name, body=b'', **kw):
             m = tarfile.TarInfo(name); m.size = len(body); [setattr(m, k, v) for k, v in kw.items()]; t.addfile(m, io.BytesIO(body))
         add('../../secret.jpg', good); add('../../secret.txt', b'climbs'); add('/abs/olute.jpg', good); add('/abs/olute.txt', b'absolute')
-        add('soft.jpg', type=tarfile.SYMTYPE, linkname='../secret.jpg'); add('soft.txt', b'soft'); add('hard.jpg', type=tarfile.LNKTYPE, linkname='/etc/hostname'); add('hard.txt', b'hard')
+        add('soft.jpg', type=tarfile.SYMTYPE, linkname='../secret.jpg')
+        add('soft.txt', b'soft')
+        add('hard.jpg', type=tarfile.LNKTYPE, linkname='/etc/hostname')
+        add('hard.txt', b'hard')
         add('fifo.jpg', type=tarfile.FIFOTYPE); add('twice.jpg', good); add('twice.jpg', good); add('fine.jpg', good); add('fine.txt', b'number 99')
     report = examine(SourceConfig(path=str(root)), 0)
     assert [f.split(':')[0] for f in report['faults']] == ['c.tar', 'd.tar', 'e.tar'] and 'cut off after 4 whole samples' in report['faults'][0]
     assert report['good'] == 20 + 4 + 1
-    assert report['broken'] == {'broken image': 1, 'empty text': 1, 'missing field': 2, 'too many pixels': 1, 'broken text': 1, 'outside the folder': 5, 'broken row': 1}
+    assert report['broken'] == {'broken image': 1, 'empty text': 1, 'missing field': 2, 'too many pixels': 1, 'broken text': 1,
+        'outside the folder': 5, 'broken row': 1}
     c = corpus(root); OPENED.clear(); seen = {nr(t) for t in texts(c, 120)}
     assert seen == set(range(24)) | {99} and not [p for p in OPENED if p.endswith(('secret.jpg', 'hostname'))]
     assert 'c.tar: cut off' in caplog.text and 'climb' not in ' '.join(texts(c, 120))
@@ -153,13 +160,17 @@ def test_long_names_and_folders_in_shards(tmp_path):
 def test_a_dataset_folder_that_points_outside_is_refused(tmp_path):
     import datasets
     datasets.Dataset.from_dict(dict(caption=['a'])).save_to_disk(tmp_path/'d'); datasets.Dataset.from_dict(dict(caption=['secret'])).save_to_disk(tmp_path/'o')
-    state = json.loads((tmp_path/'d/state.json').read_text()); state['_data_files'] = [dict(filename='../o/data-00000-of-00001.arrow')]; (tmp_path/'d/state.json').write_text(json.dumps(state))
+    state = json.loads((tmp_path/'d/state.json').read_text())
+    state['_data_files'] = [dict(filename='../o/data-00000-of-00001.arrow')]
+    (tmp_path/'d/state.json').write_text(json.dumps(state))
     with pytest.raises(Broken, match='outside the folder'): Table(tmp_path/'d')
 
 def test_paths_in_a_dataset_stay_inside(tmp_path):
     import datasets
-    (tmp_path/'secret.jpg').write_bytes(jpg()); rows = dict(image=[dict(bytes=None, path=p) for p in ('../secret.jpg', str(tmp_path/'secret.jpg'), 'https://example.org/x.jpg')], caption=['a', 'b', 'c'])
-    datasets.Dataset.from_dict(rows, features=datasets.Features(image=dict(bytes=datasets.Value('binary'), path=datasets.Value('string')), caption=datasets.Value('string'))).save_to_disk(tmp_path/'d')
+    (tmp_path/'secret.jpg').write_bytes(jpg())
+    rows = dict(image=[dict(bytes=None, path=p) for p in ('../secret.jpg', str(tmp_path/'secret.jpg'), 'https://example.org/x.jpg')], caption=['a', 'b', 'c'])
+    datasets.Dataset.from_dict(rows, features=datasets.Features(image=dict(bytes=datasets.Value('binary'), path=datasets.Value('string')),
+        caption=datasets.Value('string'))).save_to_disk(tmp_path/'d')
     assert examine(SourceConfig(path=str(tmp_path/'d')), 0)['broken'] == {'outside the folder': 2, 'missing file': 1}
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -226,7 +237,8 @@ def test_weights_of_the_mix(tmp_path):
     got = Counter(c.locate(k)[1] for k in range(8000))
     assert all(abs(got[n] / 8000 - w) < .02 for n, w in (('x', .2), ('y', .6), ('z', .2))), got
     small = Counter(c.locate(k)[1] for k in range(640)); assert abs(small['y'] / 640 - .6) < .08
-    read = Counter('xyz'[nr(c[k]['text']) // 1000] for k in range(200)); assert read == Counter(c.locate(k)[1] for k in range(200)), 'what is read is what was drawn'
+    read = Counter('xyz'[nr(c[k]['text']) // 1000] for k in range(200))
+    assert read == Counter(c.locate(k)[1] for k in range(200)), 'what is read is what was drawn'
 
 def test_a_blend_keeps_its_shares_exactly_and_leaves_no_gap():
     b = Blend([1, 2, 7], 3, 'x'); seen = [b(n) for n in range(3000)]
@@ -239,7 +251,8 @@ def test_repeats_are_passes(tmp_path):
     c = Corpus(dict(side=8, sources=dict(g=dict(path=str(tmp_path/'g')), e=dict(path=str(tmp_path/'e'), repeat=10))), unit=8)
     got = Counter(c.locate(k)[1] for k in range(3200)); assert abs(got['e'] / 3200 - .5) < .02
     p = c.passes(200); assert p == dict(g=pytest.approx(1), e=pytest.approx(10))
-    with pytest.raises(ValueError, match='give all of them a weight, or none'): Corpus(dict(sources=dict(g=dict(path=str(tmp_path/'g'), weight=1), e=dict(path=str(tmp_path/'e'), repeat=3))), 8)
+    with pytest.raises(ValueError, match='give all of them a weight, or none'): Corpus(dict(sources=dict(g=dict(path=str(tmp_path/'g'), weight=1),
+        e=dict(path=str(tmp_path/'e'), repeat=3))), 8)
 
 def two_tasks(root, **options):
     write_shards(world_samples('captions', count=24), root/'c', 6); write_shards(world_samples('edits', count=18), root/'e', 6)
@@ -254,10 +267,14 @@ def test_one_task_a_micro_batch_on_every_number_of_processes(tmp_path):
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_fit_asks_for_whole_units_when_it_accumulates(tmp_path, world):
-    two_tasks(tmp_path); cfg = TrainConfig(steps=6, batch_size=8, accumulate=2); c = two_tasks_again(tmp_path); assert c.unit == cfg.batch_size // cfg.accumulate
+    two_tasks(tmp_path)
+    cfg = TrainConfig(steps=6, batch_size=8, accumulate=2)
+    c = two_tasks_again(tmp_path)
+    assert c.unit == cfg.batch_size // cfg.accumulate
     ranks = [[(set(b['task']), b['index'].tolist()) for b in micro_batches(c, cfg, 0, r, world)] for r in range(world)]
     assert all(len(t) == 1 for rank in ranks for t, _ in rank) and {t for rank in ranks for ts, _ in rank for t in ts} == {'caption', 'edit'}
-    assert sorted(k for rank in ranks for _, ks in rank for k in ks) == list(range(48)) and all(len({str(t) for t, _ in same}) == 1 for same in zip(*ranks)), 'the same task on every process'
+    assert (sorted(k for rank in ranks for _, ks in rank for k in ks) == list(range(48))
+            and all(len({str(t) for t, _ in same}) == 1 for same in zip(*ranks))), 'the same task on every process'
 
 def test_a_damaged_or_lying_table_of_counts_changes_nothing(tmp_path):
     numbered(tmp_path, 2, 5)
@@ -303,19 +320,23 @@ def test_fit_from_shards_killed_and_resumed_sees_the_same_samples(tmp_path):
     fit(rest, two_tasks_again(tmp_path), cfg, 0, tmp_path/'part', 'x')
     assert killed.seen == whole.seen[:5] and rest.seen == whole.seen[4:] and torch.equal(rest.w, whole.w)
 
-def two_tasks_again(root): return Corpus(dict(side=64, sources=dict(c=dict(path=str(root/'c'), weight=.5), e=dict(path=str(root/'e'), task='edit', weight=.5))), unit=4)
+def two_tasks_again(root):
+    sources = dict(c=dict(path=str(root/'c'), weight=.5), e=dict(path=str(root/'e'), task='edit', weight=.5))
+    return Corpus(dict(side=64, sources=sources), unit=4)
 
 
 # ---- contamination ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name,text', [('p.jsonl', '{"tag": "x", "prompt": "Number 3!"}\n{"prompt": "number 11"}'), ('p.json', '[{"Prompt": "number 3"}, {"Prompt": "number 11"}]'),
+@pytest.mark.parametrize('name,text', [('p.jsonl', '{"tag": "x", "prompt": "Number 3!"}\n{"prompt": "number 11"}'),
+    ('p.json', '[{"Prompt": "number 3"}, {"Prompt": "number 11"}]'),
                                        ('q.json', '{"7": {"prompt": "number 3"}, "8": {"prompt": "number 11"}}'), ('p.txt', 'number 3\n\nnumber 11\n')])
 def test_prompts_of_evaluations_are_dropped_and_counted(tmp_path, name, text):
     (tmp_path/name).write_text(text); numbered(tmp_path/'s')
     with_them, without = corpus(tmp_path/'s'), corpus(tmp_path/'s', exclude=[str(tmp_path/name)])
     assert {nr(t) for t in texts(with_them, 160)} == set(range(40)) and with_them.counts.total()['excluded'] == 0
     assert {nr(t) for t in texts(without, 160)} == set(range(40)) - {3, 11}
-    total = without.counts.total(); assert total['excluded'] >= 8 and total['broken'] == 0 and total['read'] == 160, 'twice in each of four rounds, and perhaps as a stand-in'
+    total = without.counts.total()
+    assert total['excluded'] >= 8 and total['broken'] == 0 and total['read'] == 160, 'twice in each of four rounds, and perhaps as a stand-in'
     assert examine(SourceConfig(path=str(tmp_path/'s')), 0, Exclude([tmp_path/name]))['excluded'] == 2
 
 def test_of_several_instructions_only_the_clean_ones_remain(tmp_path):
@@ -334,7 +355,8 @@ def test_three_kinds_of_sources_give_the_same_samples(tmp_path):
     folder = tmp_path/'f'; folder.mkdir(); bodies = [jpg((20 * i, 90, 30)) for i in range(6)]
     for i, b in enumerate(bodies): (folder/f'{i}.jpg').write_bytes(b)
     (folder/'captions.csv').write_text('image,caption\n' + ''.join(f'{i}.jpg,"number, {i}"\n' for i in range(6)))
-    ds = datasets.Dataset.from_dict(dict(image=[dict(bytes=b, path=None) for b in bodies], caption=[f'number, {i}' for i in range(6)]), features=datasets.Features(image=datasets.Image(), caption=datasets.Value('string')))
+    ds = datasets.Dataset.from_dict(dict(image=[dict(bytes=b, path=None) for b in bodies], caption=[f'number, {i}' for i in range(6)]),
+        features=datasets.Features(image=datasets.Image(), caption=datasets.Value('string')))
     datasets.DatasetDict(train=ds, test=ds.select([0])).save_to_disk(tmp_path/'a'); (tmp_path/'p').mkdir(); ds.to_parquet(tmp_path/'p/x.parquet', batch_size=4)
     for n in 'fap': data_command(['pack', str(tmp_path/n), str(tmp_path/f'{n}-shards'), '--per-shard', '4'])
     for path in ('f', 'a', 'p', 'f-shards', 'a-shards', 'p-shards'):
@@ -344,7 +366,8 @@ def test_three_kinds_of_sources_give_the_same_samples(tmp_path):
     with pytest.raises(ValueError, match='Allowed: test, train'): Table(tmp_path/'a', 'val')
     assert (tmp_path/'f-shards/000000.tar').read_bytes() == (tmp_path/'a-shards/000000.tar').read_bytes(), 'packing is reproducible'
 
-@pytest.mark.parametrize('what,dataset,task', [('captions', SceneCaptions, 'caption'), ('edits', Edits, 'edit'), ('scenes', SceneImages, 'image'), ('photos', PhotoCrops, 'image')])
+@pytest.mark.parametrize('what,dataset,task', [('captions', SceneCaptions, 'caption'), ('edits', Edits, 'edit'), ('scenes', SceneImages, 'image'),
+    ('photos', PhotoCrops, 'image')])
 def test_the_miniature_world_from_shards_is_the_miniature_world(tmp_path, what, dataset, task):
     data_command(['pack', f'world:{what}', str(tmp_path/'s'), '--count', '20', '--per-shard', '7', '--seed', '3'])
     key = lambda s: (s.get('text'), *(to_uint8(s[f]).numpy().tobytes() for f in ('source', 'image') if f in s))
@@ -363,7 +386,8 @@ def test_counts_are_believed_only_while_the_size_is_right(tmp_path, monkeypatch)
 
 def test_random_crops_are_the_centre_and_the_side_is_met(tmp_path):
     im = Image.new('RGB', (90, 30), 'white'); im.paste((255, 0, 0), (30, 0, 60, 30)); f = io.BytesIO(); im.save(f, 'PNG')
-    x = as_tensor(picture(f.getvalue(), 'x'), 16); assert x.shape == (3, 16, 16) and torch.allclose(x, torch.tensor([1., -1, -1])[:, None, None].expand(3, 16, 16))
+    x = as_tensor(picture(f.getvalue(), 'x'), 16)
+    assert x.shape == (3, 16, 16) and torch.allclose(x, torch.tensor([1., -1, -1])[:, None, None].expand(3, 16, 16))
     with pytest.raises(Broken, match='at least 64'): picture(f.getvalue(), 'x', 64)
 
 def test_texts_are_cut_and_special_tokens_refused(tmp_path):
@@ -371,7 +395,8 @@ def test_texts_are_cut_and_special_tokens_refused(tmp_path):
     assert {t for t in texts(corpus(tmp_path, max_words=3), 9)} == {'one two three'}
     assert examine(SourceConfig(path=str(tmp_path)), 0)['broken'] == {'special token': 1}
 
-@pytest.mark.parametrize('wrong,says', [(dict(groups=0), 'groups is 0'), (dict(max_broken=5), 'from 0 to 1'), (dict(match='near'), 'Allowed: contains, exact'), (dict(slot=4), "Did you mean 'slots'"), (dict(slots=3), 'must divide')])
+@pytest.mark.parametrize('wrong,says', [(dict(groups=0), 'groups is 0'), (dict(max_broken=5), 'from 0 to 1'),
+    (dict(match='near'), 'Allowed: contains, exact'), (dict(slot=4), "Did you mean 'slots'"), (dict(slots=3), 'must divide')])
 def test_settings_are_strict(tmp_path, wrong, says):
     with pytest.raises(ValueError, match=says): corpus(numbered(tmp_path), **wrong)
 
@@ -387,7 +412,8 @@ def test_check_prints_a_table_and_json(bad_folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: data_command(['check', str(bad_folder), '--strict'])
     assert e.value.code == 2
 
-SOURCED = [(p, s) for p in ('spar-1b', 'spar-3b') for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder', 'dcae_tuned', 'unified_1_connector', 'unified_2_joint', 'unified_3_sft')]
+SOURCED = [(p, s) for p in ('spar-1b', 'spar-3b') for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder', 'dcae_tuned',
+    'unified_1_connector', 'unified_2_joint', 'unified_3_sft')]
 
 @pytest.mark.parametrize('profile,stage', SOURCED)
 def test_the_paper_s_corpora_need_nothing_but_their_folders(profile, stage, tmp_path, monkeypatch):
@@ -406,23 +432,28 @@ def test_check_reads_a_profile(tmp_path, capsys):
     (tmp_path/'c.yaml').write_text(f'unified_3_sft:\n  source: {{exclude: [{tmp_path}/p.txt], sources: {{sft: {{path: {tmp_path}/s, weight: 1}}}}}}\n')
     data_command(['check', '--config', str(tmp_path/'c.yaml'), '--section', 'unified_3_sft', '--json', '-'])
     r = json.loads(capsys.readouterr().out); assert r['sft']['rows'] == 40 and r['sft']['excluded'] == 1
-    with pytest.raises(SystemExit, match='Did you mean .unified_3_sft'): data_command(['check', '--config', str(tmp_path/'c.yaml'), '--section', 'unified_3_stf'])
+    with pytest.raises(SystemExit, match='Did you mean .unified_3_sft'): data_command(['check', '--config', str(tmp_path/'c.yaml'), '--section',
+        'unified_3_stf'])
 
 def test_duplicates_and_unlike_pairs_are_counted(tmp_path):
     a, b = jpg(size=(48, 40)), jpg(size=(40, 48))
     shard(tmp_path/'a.tar', [{'source.jpg': s, 'target.jpg': t, 'txt': x} for s, t, x in ((a, a, 'one'), (a, a, 'One.'), (a, b, 'two'))])
     r = examine(SourceConfig(path=str(tmp_path), task='edit'), 0); assert (r['duplicate_pictures'], r['duplicate_texts'], r['unlike_pairs']) == (1, 1, 1)
 
-@pytest.mark.parametrize('argv,says', [(['pack', 'nowhere', 'x'], 'no such folder'), (['pack', 'world:trees', 'x'], 'Allowed: captions, edits, photos, scenes'), (['check'], 'Nothing to check'),
-                                       (['pack', 'world:edits', 'full'], 'not empty'), (['pack', 'full', 'full/out'], 'lies within'), (['check', 'full', '--field', 'text'], 'FIELD=WHERE'),
-                                       (['check', 'full', '--task', 'captoin'], "Did you mean 'caption'"), (['check', 'full', '--match', 'some'], 'Allowed: contains, exact'), (['check', 'empty'], 'not one sample')])
+@pytest.mark.parametrize('argv,says', [(['pack', 'nowhere', 'x'], 'no such folder'),
+    (['pack', 'world:trees', 'x'], 'Allowed: captions, edits, photos, scenes'), (['check'], 'Nothing to check'),
+    (['pack', 'world:edits', 'full'], 'not empty'), (['pack', 'full', 'full/out'], 'lies within'),
+    (['check', 'full', '--field', 'text'], 'FIELD=WHERE'), (['check', 'full', '--task', 'captoin'], "Did you mean 'caption'"),
+    (['check', 'full', '--match', 'some'], 'Allowed: contains, exact'), (['check', 'empty'], 'not one sample')])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path); numbered(tmp_path/'full', 1, 2); (tmp_path/'empty').mkdir()
     with pytest.raises(SystemExit, match=says) as e: data_command(argv)
     assert '\n' not in str(e.value)
 
 def test_the_command_is_installed_and_teaches(capsys):
-    ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini'); assert 'spar_data=spar.scale.data.cli:data_command' in ini['DEFAULT']['console_scripts']
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini')
+    assert 'spar_data=spar.scale.data.cli:data_command' in ini['DEFAULT']['console_scripts']
     for argv in (['--help'], ['check', '--help'], ['pack', '--help']):
         with pytest.raises(SystemExit) as e: data_command(argv)
         assert e.value.code == 0 and capsys.readouterr().out.count('spar_data') >= 4
@@ -458,7 +489,10 @@ from spar.training.objective import Objective, TrainConfig
 class Mean(Objective):
     def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(3))
     def weights(self, progress, player='model'): return {'mse': 1.}
-    def terms(self, batch, weights, player='model'): print('SHARE', len(batch['index']), flush=True); time.sleep(float(sys.argv[4])); return {'mse': (batch['image'].mean((2, 3)) - self.w).square().mean()}
+    def terms(self, batch, weights, player='model'):
+        print('SHARE', len(batch['index']), flush=True)
+        time.sleep(float(sys.argv[4]))
+        return {'mse': (batch['image'].mean((2, 3)) - self.w).square().mean()}
 root = sys.argv[1]
 c = Corpus(dict(side=16, sources=dict(c=dict(path=root + '/c', weight=.5), e=dict(path=root + '/e', task='edit', weight=.5))), unit=4)
 o = Mean(); fit(o, c, TrainConfig(steps=24, batch_size=8, accumulate=2, lr=.02, precision='no', save_every=4, workers=int(sys.argv[3])), 0, sys.argv[2], 'x')
@@ -471,9 +505,11 @@ def test_killed_on_two_processes_and_resumed_on_one_ends_within_rounding(tmp_pat
     with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
     def start(folder, workers, wait=0, rank=0, world=1):
         env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': 'true'}
-        if world > 1: env |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        if world > 1: env |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world))
         with open(tmp_path/f'{folder}{rank}.log', 'w') as log:
-            return subprocess.Popen([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(tmp_path/folder), str(workers), str(wait)], cwd=ROOT, env=env, stdout=log, stderr=log)
+            return subprocess.Popen([sys.executable, str(tmp_path/'run.py'), str(tmp_path), str(tmp_path/folder), str(workers), str(wait)], cwd=ROOT,
+                env=env, stdout=log, stderr=log)
     def ended(p, folder):
         code, out = p.wait(200), (tmp_path/f'{folder}0.log').read_text(); assert code == 0, out[-3000:]
         return out, torch.tensor([float(v) for v in re.search(r'WEIGHTS (.*)', out)[1].split()])
