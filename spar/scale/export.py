@@ -280,7 +280,8 @@ _EXAMPLES = '''examples
 def _parser(model: str) -> argparse.ArgumentParser:
     "The parser of `spar_export`; `model` is the folder to read where none is named."
     about = 'Write a pipeline, or a part of it, for use elsewhere.'
-    kinds = 'internvl: for transformers and evaluation harnesses; pipeline: everything; tokenizer: the image tokenizer alone'
+    kinds = 'internvl: for transformers and evaluation harnesses; pipeline: everything; '
+    kinds += 'tokenizer: the image tokenizer alone'
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser('spar_export', formatter_class=raw, description=about, epilog=_EXAMPLES)
     add = p.add_argument

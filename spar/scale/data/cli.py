@@ -25,8 +25,8 @@ _EXAMPLES = '''examples
   spar_data pack /data/my_pictures /data/my_shards            # a folder with captions.jsonl -> shards
   spar_data pack world:edits artifacts/shards/edits --count 5000
 
-Sources: a folder of WebDataset shards (*.tar), a folder that `datasets` saved (Arrow) or of Parquet files, or a folder of
-pictures with captions.jsonl or captions.csv. Each command has its own --help.'''
+Sources: a folder of WebDataset shards (*.tar), a folder that `datasets` saved (Arrow) or of Parquet files, or a folder
+of pictures with captions.jsonl or captions.csv. Each command has its own --help.'''
 
 # %% ../../../nbs/scale/data/cli.ipynb #b10d3c71
 _CHECK_EXAMPLES = '''tasks and the fields they need (an extension in a shard, a column elsewhere)

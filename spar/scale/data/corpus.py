@@ -81,7 +81,7 @@ class Counts:
 
 # %% ../../../nbs/scale/data/corpus.ipynb #e534e8b9
 class Corpus:
-    "`corpus[k]`, a pure function of k, k unbounded: `image` (and `text`, `source`, `task`) as the objectives read them."
+    "`corpus[k]`, a pure function of k, k unbounded: `image` (and `text`, `source`, `task`) for the objectives."
     collate = staticmethod(default_collate)
     def __init__(
         self,

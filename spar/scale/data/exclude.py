@@ -50,10 +50,13 @@ class Exclude:
     ):
         self.match = one_of(match, ('exact', 'contains'), 'match')
         self.prompts = {words_only(p) for f in files for p in prompts_of(f)} - {''}
-        lengths = {len(p.split()) for p in self.prompts}
-        self.lengths = sorted(n for n in lengths if n > 2) if match == 'contains' else []
+        self.lengths = []      # of the prompts that may stand within a text
+        if match == 'contains':
+            lengths = {len(p.split()) for p in self.prompts}
+            self.lengths = sorted(n for n in lengths if n > 2)
 
     def __call__(self, text: str) -> bool:
         words = words_only(text).split()
+        if ' '.join(words) in self.prompts: return True
         parts = (words[i:i + n] for n in self.lengths for i in range(len(words) - n + 1))
-        return ' '.join(words) in self.prompts or any(' '.join(p) in self.prompts for p in parts)
+        return any(' '.join(p) in self.prompts for p in parts)
