@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_pipeline
-from spar.scale import export as E
-from spar.scale.benchmarks import run as P
 from spar.pipeline import SparPipeline
+from spar.scale.export import export, harness_processor, load_tokenizer
+from spar.scale.benchmarks.judges import LocalJudge
+from spar.scale.benchmarks.run import protocol
 
 WORDS = ['a red star left of blue heart what colour is this ? number consistency realism']
 QUESTIONS = ['what colour is this ?', 'is this a star ?', 'What colour is left of this star?']
@@ -52,7 +53,8 @@ def photo(tmp_path):
     return tmp_path/'photo.png'
 
 def stranger(folder, photo, out):
-    done = subprocess.run([sys.executable, '-I', '-c', STRANGER, str(folder), str(photo), str(out), *QUESTIONS], capture_output=True, text=True, cwd=photo.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, '-I', '-c', STRANGER, str(folder), str(photo), str(out), *QUESTIONS], capture_output=True, text=True,
+        cwd=photo.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), torch.load(out, weights_only=True)
 
@@ -65,7 +67,7 @@ def our_logits(pipe, photo):
 
 
 def test_a_python_without_spar_gives_the_same_logits_and_answers(pipe, photo, tmp_path):
-    folder = E.export(pipe, 'internvl', tmp_path/'internvl')
+    folder = export(pipe, 'internvl', tmp_path/'internvl')
     told, logits = stranger(folder, photo, tmp_path/'logits.pt')
     assert told['cls'] == 'InternVLForConditionalGeneration'
     torch.testing.assert_close(logits, our_logits(pipe, photo), atol=1e-4, rtol=1e-4)
@@ -74,7 +76,7 @@ def test_a_python_without_spar_gives_the_same_logits_and_answers(pipe, photo, tm
     assert (own - pipe.image_tokenizer.encoder(pipe.pictures(photo)[0])).abs().max() > 1e-3, 'the tuned encoder must differ, or this test says nothing'
 
 def test_half_precision_is_half_as_large_and_close(pipe, photo, tmp_path):
-    full, half = (E.export(pipe, 'internvl', tmp_path/n, half=h) for n, h in (('full', False), ('half', True)))
+    full, half = (export(pipe, 'internvl', tmp_path/n, half=h) for n, h in (('full', False), ('half', True)))
     size = lambda f: sum(p.stat().st_size for p in f.glob('*.safetensors'))
     assert size(half) < .55 * size(full) and json.loads((half/'config.json').read_text())['dtype'] == 'bfloat16'
     told, logits = stranger(half, photo, tmp_path/'logits.pt')
@@ -82,7 +84,7 @@ def test_half_precision_is_half_as_large_and_close(pipe, photo, tmp_path):
     assert told['dtype'] == 'torch.bfloat16' and 0 < (logits - ours).abs().max() < .1 * ours.abs().max() + .05
 
 def test_exported_pipeline_draws_the_same_pixels(pipe, photo, tmp_path):
-    again = SparPipeline.from_pretrained(E.export(pipe, 'pipeline', tmp_path/'p'), 'cpu', 'no')
+    again = SparPipeline.from_pretrained(export(pipe, 'pipeline', tmp_path/'p'), 'cpu', 'no')
     same = lambda f: f(again).images[0].tobytes() == f(pipe).images[0].tobytes()
     assert same(lambda p: p('a red star', 2, seed=3)) and same(lambda p: p.edit(photo, 'a red star', 2, seed=3)) and same(lambda p: p.reconstruct(photo))
     assert again('a red star', 2, seed=4).images[0].tobytes() != pipe('a red star', 2, seed=3).images[0].tobytes()
@@ -90,7 +92,7 @@ def test_exported_pipeline_draws_the_same_pixels(pipe, photo, tmp_path):
 
 @pytest.mark.parametrize('half', [False, True])
 def test_tokenizer_alone(half, pipe, tmp_path):
-    alone, x = E.load_tokenizer(E.export(pipe, 'tokenizer', tmp_path/'t', half=half)), torch.randn(2, 3, 64, 64)
+    alone, x = load_tokenizer(export(pipe, 'tokenizer', tmp_path/'t', half=half)), torch.randn(2, 3, 64, 64)
     a, b = alone.encode(x), pipe.image_tokenizer.encode(x)
     torch.testing.assert_close(a.f_v, b.f_v, atol=.05 if half else 1e-5, rtol=.05 if half else 1e-5)
     if not half: assert torch.equal(alone.decode(b.z_f), pipe.image_tokenizer.decode(b.z_f))
@@ -98,26 +100,26 @@ def test_tokenizer_alone(half, pipe, tmp_path):
     assert not any('language' in k for k in alone.state_dict())
 
 def test_card_holds_metrics_and_their_protocol(pipe, tmp_path):
-    (tmp_path/'result.json').write_text(json.dumps(dict(overall=.57, protocol=P.protocol('wise-legacy', judge='gpt'), system=dict(name='x', sha256='y'))))
-    card = (E.export(pipe, 'pipeline', tmp_path/'p', metrics=[tmp_path/'result.json'])/'README.md').read_text()
-    assert card.startswith('---\nlibrary_name: spar') and '| overall | 0.57 |' in card and P.protocol('wise-legacy', judge='gpt')['id'] in card
+    (tmp_path/'result.json').write_text(json.dumps(dict(overall=.57, protocol=protocol('wise-legacy', judge='gpt'), system=dict(name='x', sha256='y'))))
+    card = (export(pipe, 'pipeline', tmp_path/'p', metrics=[tmp_path/'result.json'])/'README.md').read_text()
+    assert card.startswith('---\nlibrary_name: spar') and '| overall | 0.57 |' in card and protocol('wise-legacy', judge='gpt')['id'] in card
     assert 'streams' in card and 'FOLDER' in card
 
 def test_nothing_is_replaced_by_accident(pipe, tmp_path):
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/thesis.tex').write_text('x')
-    with pytest.raises(FileExistsError, match='--overwrite'): E.export(pipe, 'tokenizer', tmp_path/'mine')
+    with pytest.raises(FileExistsError, match='--overwrite'): export(pipe, 'tokenizer', tmp_path/'mine')
     assert (tmp_path/'mine/thesis.tex').read_text() == 'x'
-    E.export(pipe, 'tokenizer', tmp_path/'mine', overwrite=True); assert not (tmp_path/'mine/thesis.tex').exists()
-    with pytest.raises(ValueError, match='belongs to internvl'): E.export(pipe, 'tokenizer', tmp_path/'other', processor=tmp_path)
+    export(pipe, 'tokenizer', tmp_path/'mine', overwrite=True); assert not (tmp_path/'mine/thesis.tex').exists()
+    with pytest.raises(ValueError, match='belongs to internvl'): export(pipe, 'tokenizer', tmp_path/'other', processor=tmp_path)
 
 def test_the_processor_of_the_original_folder_is_kept(pipe, tmp_path):
-    first = E.harness_processor(pipe); first.image_processor.max_patches = 5; first.save_pretrained(tmp_path/'original')
-    folder = E.export(pipe, 'internvl', tmp_path/'internvl', processor=tmp_path/'original')
+    first = harness_processor(pipe); first.image_processor.max_patches = 5; first.save_pretrained(tmp_path/'original')
+    folder = export(pipe, 'internvl', tmp_path/'internvl', processor=tmp_path/'original')
     from transformers import AutoProcessor
     assert AutoProcessor.from_pretrained(folder).image_processor.max_patches == 5
 
 def test_exported_folder_is_a_judge(pipe, tmp_path):
-    judge = P.LocalJudge(E.export(pipe, 'internvl', tmp_path/'internvl'), 'cpu', max_new_tokens=4)
+    judge = LocalJudge(export(pipe, 'internvl', tmp_path/'internvl'), 'cpu', max_new_tokens=4)
     reply = judge([dict(role='user', content=[dict(type='image', image=Image.new('RGB', (64, 64), 'red')), dict(type='text', text=QUESTIONS[0])])])
     assert isinstance(reply.text, str) and len(judge.facts['sha256']) == 64 and judge.facts['kind'] == 'local'
     assert reply.text.strip() == pipe.answer(Image.new('RGB', (64, 64), 'red'), QUESTIONS[0], 4)
