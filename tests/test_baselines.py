@@ -88,17 +88,20 @@ def test_protocol_lines_are_those_of_the_evaluation_stages(table):
     for own in lines:
         name = own.split(';')[0]; stage = next(p for p in (ROOT/'nbs/stages').glob('evaluate_*.ipynb') if f'"{name}\\"' in p.read_text())
         code = ''.join(''.join(c['source']) for c in json.loads(stage.read_text())['cells'])
-        for key in (part.split('=')[0].strip() for part in own.split('; ')[1:] if '=' in part): assert f'{key}=' in code, f'{name}: {key} is not in {stage.name}'
+        keys = (part.split('=')[0].strip() for part in own.split('; ')[1:] if '=' in part)
+        for key in keys: assert f'{key}=' in code, f'{name}: {key} is not in {stage.name}'
 
 def test_what_is_measured_is_not_measured_again(table, home, at_home, monkeypatch):
     (home/'out/imgedit-mini/copy/result.json').unlink(); made, build = [], system_of
     monkeypatch.setattr(table_module, 'system_of', lambda b, *a: made.append((b.name, b.task)) or build(b, *a))
     assert compare_systems(yaml.safe_load((home/'all.yaml').read_text()), lambda s: None) == table and made == [('copy', 'editing')]
-    with pytest.raises(ValueError, match='holds another run: protocol.line'): compare_systems(yaml.safe_load((home/'all.yaml').read_text()) | dict(seed=1), lambda s: None)
+    other = yaml.safe_load((home/'all.yaml').read_text()) | dict(seed=1)
+    with pytest.raises(ValueError, match='holds another run: protocol.line'): compare_systems(other, lambda s: None)
 
 def test_other_weights_under_the_same_name_are_refused(home, at_home, tmp_path):
     shutil.copytree(home/'bases/dcae', tmp_path/'dcae'); base = given(home)
-    params = base | dict(spar='', out=str(tmp_path/'out'), device='cpu', benchmarks=SMALL[:1], baselines=[base['baselines'][0] | dict(path=str(tmp_path/'dcae'))])
+    params = base | dict(spar='', out=str(tmp_path/'out'), device='cpu', benchmarks=SMALL[:1],
+                         baselines=[base['baselines'][0] | dict(path=str(tmp_path/'dcae'))])
     compare_systems(params, lambda s: None)
     config = json.loads((tmp_path/'dcae/config.json').read_text()); (tmp_path/'dcae/config.json').write_text(json.dumps(config | dict(scaling_factor=.5)))
     with pytest.raises(ValueError, match='holds another run: system.sha256'): compare_systems(params, lambda s: None)
@@ -106,7 +109,8 @@ def test_other_weights_under_the_same_name_are_refused(home, at_home, tmp_path):
 
 def test_a_model_of_transformers_answers_as_it_does_here(home):
     "Processor, chat template and greedy search of transformers, against `MLLM.answer`."
-    mllm, answer = load_mllm(home/'bases/mllm'), answerer(line(home, 'InternVLForConditionalGeneration', 'understanding', 'small/internvl', call=dict(max_new_tokens=4)), CPU)
+    mllm, answer = load_mllm(home/'bases/mllm'), answerer(
+        line(home, 'InternVLForConditionalGeneration', 'understanding', 'small/internvl', call=dict(max_new_tokens=4)), CPU)
     asked = [a for a in question_set(0, n=2, pairs=1, riddles=2)]
     seen, blind = [a for a in asked if a.scene], [a for a in asked if not a.scene]
     x = renders([a.scene for a in seen])
@@ -118,36 +122,45 @@ def test_another_family_of_models_with_a_template_of_its_own(home, tmp_path):
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config
     tk = load_mllm(home/'bases/mllm').tokenizer; tk.chat_template = None
     torch.manual_seed(0)
-    cfg = LlavaConfig(vision_config=CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8),
-                      text_config=Qwen2Config(vocab_size=len(tk), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+    cfg = LlavaConfig(vision_config=CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                                                     patch_size=8),
+                      text_config=Qwen2Config(vocab_size=len(tk), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                              num_key_value_heads=2, tie_word_embeddings=False,
                                   eos_token_id=tk.eos_token_id, pad_token_id=tk.pad_token_id), image_token_id=tk.convert_tokens_to_ids('<IMG_CONTEXT>'))
     LlavaForConditionalGeneration(cfg).save_pretrained(tmp_path)
-    LlavaProcessor(CLIPImageProcessor(size=dict(shortest_edge=16), crop_size=16), tk, patch_size=8, vision_feature_select_strategy='default', image_token='<IMG_CONTEXT>', num_additional_image_tokens=1).save_pretrained(tmp_path)
+    LlavaProcessor(CLIPImageProcessor(size=dict(shortest_edge=16), crop_size=16), tk, patch_size=8, vision_feature_select_strategy='default',
+                   image_token='<IMG_CONTEXT>', num_additional_image_tokens=1).save_pretrained(tmp_path)
     make = lambda **call: answerer(line(tmp_path, 'LlavaForConditionalGeneration', 'understanding', '', call=call), CPU)
     with pytest.raises(ValueError, match='no chat template'): make()
-    template = "<user> {% for p in messages[0]['content'] %}{% if p['type'] == 'image' %}<IMG_CONTEXT> {% else %}{{ p['text'] }}{% endif %}{% endfor %} <assistant>"
+    template = "<user> {% for p in messages[0]['content'] %}" \
+        "{% if p['type'] == 'image' %}<IMG_CONTEXT> {% else %}{{ p['text'] }}{% endif %}{% endfor %} <assistant>"
     answer = make(chat_template=template, max_new_tokens=3)
     red, blue = (Image.new('RGB', (20, 30), c) for c in ('red', 'blue'))
     told = answer([red, blue, red], ['what colour is this ?'] * 3)
     assert told[0] == told[2] and all(1 <= len(t.split()) <= 3 for t in told)
     with pytest.raises(ValueError, match="unknown 'max_tokens'"): make(max_tokens=3)
-    with pytest.raises(ValueError, match='holds LlavaForConditionalGeneration, the line says InternVL'): answerer(line(tmp_path, 'InternVLForConditionalGeneration', 'understanding', ''), CPU)
+    with pytest.raises(ValueError, match='holds LlavaForConditionalGeneration, the line says InternVL'):
+        answerer(line(tmp_path, 'InternVLForConditionalGeneration', 'understanding', ''), CPU)
 
 
 @pytest.mark.parametrize('wrong,says', [
     (dict(task='drawing'), "unknown 'drawing'.*Allowed: editing, generation, reconstruction, understanding"),
     ({'class': 'AutoencoderDCC'}, "unknown 'AutoencoderDCC'. Did you mean 'AutoencoderDC'.*Allowed: .*AutoencoderKL,.*SparPipeline"),
     ({'class': 'SanaPipeline'}, "class for reconstruction.*unknown 'SanaPipeline'"),
-    ({'class': None}, 'either class or callable, and has neither'), (dict(callable='m:f'), 'and has both'), (dict(path=''), 'path is missing'), (dict(steps=3), "unknown 'steps'"),
-    (dict(dtype='half'), "dtype: unknown 'half'"), (dict(name='a/b'), 'also names a folder'), (dict(load=dict(trust_remote_code=True)), 'use it through callable'), (dict(pth='x'), "Did you mean 'path'")])
+    ({'class': None}, 'either class or callable, and has neither'), (dict(callable='m:f'), 'and has both'), (dict(path=''), 'path is missing'),
+    (dict(steps=3), "unknown 'steps'"),
+    (dict(dtype='half'), "dtype: unknown 'half'"), (dict(name='a/b'), 'also names a folder'),
+    (dict(load=dict(trust_remote_code=True)), 'use it through callable'), (dict(pth='x'), "Did you mean 'path'")])
 def test_a_wrong_line_is_named_before_anything_is_loaded(wrong, says):
     good = {'name': 'a', 'task': 'reconstruction', 'class': 'AutoencoderDC', 'path': 'nowhere'}
     assert baseline(good).cls == 'AutoencoderDC'
     with pytest.raises(ValueError, match=says): checked(dict(baselines=[good | wrong]))
 
 @pytest.mark.parametrize('params,says', [
-    (dict(baseline=[]), "Did you mean 'baselines'"), (dict(benchmarks=[dict(name='geneval')]), "Did you mean 'geneval-hf'"), (dict(benchmarks=[dict(name='wise', prompts='p')]), 'needs judge'),
-    (dict(benchmarks=SMALL[:1], baselines=[dict(name='a', task='editing', callable='m:f')]), 'none of the benchmarks measures'), (dict(baselines=[dict(name='a', task='editing', callable='m:f')] * 2), 'there twice')])
+    (dict(baseline=[]), "Did you mean 'baselines'"), (dict(benchmarks=[dict(name='geneval')]), "Did you mean 'geneval-hf'"),
+    (dict(benchmarks=[dict(name='wise', prompts='p')]), 'needs judge'),
+    (dict(benchmarks=SMALL[:1], baselines=[dict(name='a', task='editing', callable='m:f')]), 'none of the benchmarks measures'),
+    (dict(baselines=[dict(name='a', task='editing', callable='m:f')] * 2), 'there twice')])
 def test_wrong_parameters(params, says):
     with pytest.raises(ValueError, match=says): checked(params)
 
@@ -156,13 +169,15 @@ def test_committed_lists_are_sound(file):
     p = checked(yaml.safe_load(file.read_text()))
     assert {b.task for b in p.systems if b.name != 'SPAR'} == set(BASELINE_TASKS)
 
-@pytest.mark.parametrize('callable,says', [('no_such_module_of_test:f', 'there is no module'), ('mine_of_test:f', "has no 'f'"), ('mine_of_test:nothing', 'returned NoneType')])
+@pytest.mark.parametrize('callable,says', [('no_such_module_of_test:f', 'there is no module'), ('mine_of_test:f', "has no 'f'"),
+                                           ('mine_of_test:nothing', 'returned NoneType')])
 def test_callables_that_are_not_there(callable, says, at_home):
     with pytest.raises(ValueError, match=says): system_of(baseline(dict(name='a', task='editing', callable=callable)), dict(steps=1, guidance=1., seed=0), CPU)
 
 def test_an_import_error_inside_a_users_module_is_shown_as_it_is(at_home):
     (at_home/'broken_of_test.py').write_text('import a_package_that_is_not_there\n')
-    with pytest.raises(ModuleNotFoundError, match='a_package_that_is_not_there'): system_of(baseline(dict(name='a', task='editing', callable='broken_of_test:f')), dict(steps=1, guidance=1., seed=0), CPU)
+    with pytest.raises(ModuleNotFoundError, match='a_package_that_is_not_there'):
+        system_of(baseline(dict(name='a', task='editing', callable='broken_of_test:f')), dict(steps=1, guidance=1., seed=0), CPU)
 
 def test_partial_folders_are_named(home, tmp_path):
     shutil.copytree(home/'small/sana', tmp_path/'sana'); (tmp_path/'sana/model_index.json').unlink(); sampling = dict(steps=1, guidance=1., seed=0)
@@ -200,7 +215,8 @@ def test_the_published_protocols_through_the_same_door(home, at_home, server, tm
     table = compare_systems(dict(spar='', out=str(tmp_path/'out'), device='cpu', steps=1, batch_size=4, baselines=[kl, internvl,
         dict(name='grey', task='generation', callable='mine_of_test:grey', call=dict(side=8)), dict(name='copy', task='editing', callable='mine_of_test:copy')],
         benchmarks=[dict(name='reconstruction', sources=str(tmp_path/'photos'), side=64, limit=2), dict(name='mmvp', prompts=str(tmp_path/'mmvp')),
-                    dict(name='geneval-hf', prompts=str(tmp_path/'g'), detector='d', clip='c', images=2), dict(name='wise', prompts=str(tmp_path/'f'), judge=judge, limit=1, workers=1),
+                    dict(name='geneval-hf', prompts=str(tmp_path/'g'), detector='d', clip='c', images=2),
+                    dict(name='wise', prompts=str(tmp_path/'f'), judge=judge, limit=1, workers=1),
                     dict(name='imgedit', prompts=str(tmp_path/'f'), sources=str(tmp_path/'f'), judge=judge, workers=1)]), lambda s: None)
     value = lambda system, title: table['rows'][system][title]
     assert 0 < value('KL (random)', 'reconstruction psnr ↑') < 40 and value('InternVL', 'mmvp per_pair ↑') in (0., 1.)
@@ -213,26 +229,30 @@ def test_the_published_protocols_through_the_same_door(home, at_home, server, tm
 def test_processes_share_the_published_protocols_and_one_collects(home, at_home, tmp_path, monkeypatch):
     (tmp_path/'photos').mkdir()
     for k in range(4): Image.fromarray(np.random.default_rng(k).integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(tmp_path/f'photos/{k}.png')
-    params = dict(spar='', out=str(tmp_path/'out'), bases=str(home/'bases'), device='cpu', steps=1, batch_size=9, baselines=[given(home)['baselines'][1], dict(name='copy', task='editing', callable='mine_of_test:copy')],
+    params = dict(spar='', out=str(tmp_path/'out'), bases=str(home/'bases'), device='cpu', steps=1, batch_size=9,
+                  baselines=[given(home)['baselines'][1], dict(name='copy', task='editing', callable='mine_of_test:copy')],
                   benchmarks=[dict(name='reconstruction', sources=str(tmp_path/'photos'), side=64, shard=1), SMALL[3]])
     seen, call = [], Autoencoder.__call__
     monkeypatch.setattr(Autoencoder, '__call__', lambda self, x: seen.append((processes()['rank'], len(x))) or call(self, x))
     def as_rank(r, world=2):
         monkeypatch.setenv('RANK', str(r)); monkeypatch.setenv('WORLD_SIZE', str(world))
         return compare_systems(params, lambda s: None)
-    assert as_rank(1)['rows'] == {} and not (tmp_path/'out/table.json').exists()          # two of four pictures; the miniature's benchmarks belong to the first process
+    # two of four pictures; the miniature's benchmarks belong to the first process
+    assert as_rank(1)['rows'] == {} and not (tmp_path/'out/table.json').exists()
     assert set(as_rank(0)['rows']) == {'KL (random)', 'copy'} and seen == [(1, 1)] * 2 + [(0, 1)] * 2
     assert as_rank(0, 1) == json.loads((tmp_path/'out/table.json').read_text()) and len(seen) == 4
 
 def test_what_goes_wrong_names_benchmark_and_system(home, at_home, tmp_path):
     lines = [dict(name='lost', task='reconstruction', path=str(tmp_path/'gone'), **{'class': 'AutoencoderDC'})]
     with pytest.raises(SystemExit, match='spar_baselines: reconstruction-mini, lost: .*gone'):
-        (tmp_path/'p.yaml').write_text(yaml.safe_dump(dict(spar='', out=str(tmp_path/'out'), bases=str(home/'bases'), device='cpu', benchmarks=SMALL[:1], baselines=lines)))
+        (tmp_path/'p.yaml').write_text(yaml.safe_dump(dict(spar='', out=str(tmp_path/'out'), bases=str(home/'bases'), device='cpu', benchmarks=SMALL[:1],
+                                                           baselines=lines)))
         baselines_command(['--params', str(tmp_path/'p.yaml')])
 
 def test_both_small_folders_and_classes_from_the_command(home, tmp_path, capsys):
     baselines_command(['--classes', 'understanding']); assert 'Qwen2_5_VLForConditionalGeneration' in capsys.readouterr().out.splitlines()
-    for argv, says in (([], 'either --params'), (['--params', str(tmp_path/'x.yaml')], 'no such file'), (['--small', str(tmp_path/'s'), '--bases', str(tmp_path)], 'config.json is missing')):
+    for argv, says in (([], 'either --params'), (['--params', str(tmp_path/'x.yaml')], 'no such file'),
+                       (['--small', str(tmp_path/'s'), '--bases', str(tmp_path)], 'config.json is missing')):
         with pytest.raises(SystemExit, match=says): baselines_command(argv)
     (tmp_path/'l.yaml').write_text('- a\n')
     with pytest.raises(SystemExit, match='found a list'): baselines_command(['--params', str(tmp_path/'l.yaml')])

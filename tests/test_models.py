@@ -59,7 +59,8 @@ def test_profile_says_what_the_method_says(profile):
     assert (loss['lambda_s'], loss['lambda_gan'], loss['gan_start'], loss['encoder_lr'], loss['lecam']) == (1, .1, .3, .1, .001)
     finer = got['tokenizer_3_encoder']['finer']      # the paper's fourth pass
     again = got['tokenizer_3_encoder']['train'] | finer['train']
-    assert (finer['side'], finer['loss'], again['steps'], again['batch_size'], again['lr'], float(again['lr_end'])) == (448, dict(gan_start=0.), 100_000, 256, 3e-4, 1e-5)
+    rates = (again['steps'], again['batch_size'], again['lr'], float(again['lr_end']))
+    assert (finer['side'], finer['loss'], *rates) == (448, dict(gan_start=0.), 100_000, 256, 3e-4, 1e-5)
     for s, batch, samples in (('unified_1_connector', 1024, 180e6), ('unified_2_joint', 1024, 255e6), ('unified_3_sft', 512, 1.215e6)):
         t = got[s]['train']
         assert (t['batch_size'], t['lr'], t['lr_end'], t['weight_decay']) == (batch, 1e-4, 1e-5, 0)
@@ -126,7 +127,8 @@ def test_random_weights_depend_on_the_seed_alone(toy, tmp_path):
 
 def test_names_on_disk_are_the_real_ones(toy):
     index = json.loads((toy[0]/'mllm/model.safetensors.index.json').read_text())['weight_map']
-    assert {'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight', 'vision_tower.embeddings.cls_token', 'multi_modal_projector.linear_1.weight'} <= index.keys()
+    assert {'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight', 'vision_tower.embeddings.cls_token',
+            'multi_modal_projector.linear_1.weight'} <= index.keys()
 
 def test_missing_shard(damaged):
     gone = lambda f: sorted(f.glob('*.safetensors'))[1].unlink()
@@ -186,7 +188,8 @@ def test_wrong_configurations(damaged, part, name, changes, says):
     found = damaged(part, edit(name, **changes))
     assert found and any(says in p.says + p.cure for p in found), found
 
-@pytest.mark.parametrize('part,name,changes', [('mllm', 'config.json', dict(text_config__use_cache=False)), ('mllm', 'config.json', dict(tie_word_embeddings=True)),
+@pytest.mark.parametrize('part,name,changes', [('mllm', 'config.json', dict(text_config__use_cache=False)),
+                                               ('mllm', 'config.json', dict(tie_word_embeddings=True)),
                                                ('mllm', 'config.json', dict(vision_config__initializer_range=0.5))])
 def test_keys_that_change_nothing_are_no_problem(damaged, part, name, changes): assert damaged(part, edit(name, **changes)) == []
 
@@ -236,7 +239,9 @@ def test_command(toy):
     found = command('check', '--profile', 'spar-1b', '--bases', str(toy[0]))
     assert found.returncode == 1 and '67.6 M' in found.stdout and 'WRONG' in found.stdout and 'cure:' in found.stdout and not found.stderr.count('Traceback')
 
-@pytest.mark.parametrize('argv, says', [(('check', '--random', 'x'), '--random writes'), (('--depth', '4'), 'belong to --random'), (('--bases', 'x'), 'belong to `spar_models check`'), (('--random', 'x', '--full', '--depth', '3'), 'leave --depth out')])
+@pytest.mark.parametrize('argv, says', [(('check', '--random', 'x'), '--random writes'), (('--depth', '4'), 'belong to --random'),
+                                        (('--bases', 'x'), 'belong to `spar_models check`'),
+                                        (('--random', 'x', '--full', '--depth', '3'), 'leave --depth out')])
 def test_no_option_is_accepted_and_ignored(argv, says):
     found = command(*argv, '--profile', 'spar-1b'); assert found.returncode == 2 and says in found.stderr, found.stderr
 
