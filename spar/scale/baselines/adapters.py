@@ -67,6 +67,7 @@ def _load_answering(b: Baseline) -> nn.Module:
     check_loading(info, b.path, b.name)
     return hf
 
+# %% ../../../nbs/scale/baselines/adapters.ipynb #5e6d1726
 def _load_processor(b: Baseline):
     "The folder's processor, with the chat template of the line if it gives one."
     from transformers import AutoProcessor
@@ -88,6 +89,7 @@ class Answerer(LocalJudge):
         self.lock, self.facts = threading.Lock(), dict(model=b.name)
         self.max_new_tokens = b.call.get('max_new_tokens', 16)
 
+# %% ../../../nbs/scale/baselines/adapters.ipynb #379b52e9
 def answerer(b: Baseline, device):     # -> (pictures or None, questions) -> texts
     "The model as the callable of understanding."
     model = Answerer(b, device)

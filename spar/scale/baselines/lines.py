@@ -43,6 +43,7 @@ def _pipelines(editing: bool) -> list[str]:
     else: names = [n for n in names if not re.search(_EDITS, n)]
     return [*names, 'DiffusionPipeline']
 
+# %% ../../../nbs/scale/baselines/lines.ipynb #bc493263
 def classes(task: str) -> list[str]:
     """Names of the classes that may stand behind `class:`, for one task, in the installed versions.
     `ValueError` for an unknown task."""

@@ -108,6 +108,7 @@ def _some(names, k: int = 3) -> str:
     names = sorted(names)
     return ', '.join(map(repr, names[:k])) + (f' and {len(names) - k} more' if len(names) > k else '')
 
+# %% ../../../nbs/scale/models/check.ipynb #4d1736f7
 def _key_differences(
     want: dict,  # name in memory -> shape
     found: dict,  # name in memory -> (shape, name on disk)

@@ -163,6 +163,7 @@ def _new_rows(m: dict, stated: dict) -> list[Row]:
     notes = {'dual stream': sizes, 'routing': '', 'connector': '', 'alignment head': 'training only'}
     return [Row(k, n_params(m[k]), stated.get(k), note) for k, note in notes.items()]
 
+# %% ../../../nbs/scale/models/parts.ipynb #433f5410
 def _sum_rows(m: dict, queries: int) -> list[Row]:
     "The queries, and lines of what is used together."
     mllm = m['mllm'].model
