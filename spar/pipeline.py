@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from .core import atomic_path, autocast, freeze, pick_device, write_json
+from .core import atomic_path, autocast, freeze, pick_device, read_config, write_config
 import torch
 from .backbones.mllm import load_mllm, MLLM, save_mllm
 from .backbones.words import encode_text, UnknownWord
@@ -205,11 +205,16 @@ def _part_of(folder: Path, name: str, load, *args, **kw):
 # %% ../nbs/using/pipeline.ipynb #ad5fb763
 class _Files:
     "Saving and loading."
-    def save_pretrained(self, folder):
-        "Write the whole pipeline; replaces the folder in one step. The alignment head, for training only, is left out."
+    def save_pretrained(
+        self,
+        folder,  # replaced in one step
+        record: dict | None = None,  # where it comes from: profile, seed, commit; None: what it was loaded with
+    ):
+        "Write the whole pipeline. The alignment head, for training only, is left out."
         with atomic_path(folder) as tmp:
             tmp.mkdir()
-            write_json(tmp/'model_index.json', dict(_class_name='SparPipeline', parts=list(_PARTS)))
+            index = dict(_class_name='SparPipeline', parts=list(_PARTS), record=self.record if record is None else record)
+            write_config(tmp/'model_index.json', index)
             save_mllm(self.mllm, tmp/'mllm', torch.float32)
             self.image_tokenizer.save_pretrained(tmp/'image_tokenizer')
             self.unified.save_pretrained(tmp/'unified', head=False)
@@ -223,11 +228,14 @@ class _Files:
     ) -> 'SparPipeline':
         "Load a pipeline; a missing folder or part is an error that says how to get it."
         _check_folder(folder := Path(folder))
+        index = _part_of(folder, 'model_index.json', read_config)
         mllm = _part_of(folder, 'mllm', load_mllm)
         tokenizer = _part_of(folder, 'image_tokenizer', Tokenizer.from_pretrained, mllm)
         no_head = dict(kind='none')
         unified = _part_of(folder, 'unified', Unified.from_pretrained, mllm, tokenizer, alignment=no_head)
-        return cls(mllm, tokenizer, freeze(unified), precision).to(device or pick_device())
+        pipe = cls(mllm, tokenizer, freeze(unified), precision).to(device or pick_device())
+        pipe.record = index.get('record', {})
+        return pipe
 
 # %% ../nbs/using/pipeline.ipynb #2d815136
 class SparPipeline(_Generates, _Edits, _Reconstructs, _Answers, _Files):
@@ -240,6 +248,7 @@ class SparPipeline(_Generates, _Edits, _Reconstructs, _Answers, _Files):
         precision: str = 'auto',  # of the networks: 'auto', 'bf16', 'no'
     ):
         self.mllm, self.image_tokenizer, self.unified, self.precision = mllm, image_tokenizer, unified, precision
+        self.record = {}      # profile, seed and commit of the run that it comes from
 
     @property
     def side(self) -> int: return self.image_tokenizer.encoder.side

@@ -9,7 +9,7 @@ from tiny import tiny_pipeline
 from spar.pipeline import SparPipeline
 from spar.scale.export import export, harness_processor, load_tokenizer
 from spar.scale.benchmarks.judges import LocalJudge
-from spar.scale.benchmarks.run import protocol
+from spar.scale.benchmarks.run import published_protocol
 
 WORDS = ['a red star left of blue heart what colour is this ? number consistency realism']
 QUESTIONS = ['what colour is this ?', 'is this a star ?', 'What colour is left of this star?']

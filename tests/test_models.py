@@ -1,11 +1,13 @@
 """The paper's two sizes: profiles, parts, checks of folders and random stand-ins. Nothing large is allocated."""
-import json, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from spar.scale.models import parts as models
-from spar.running import runner
-from spar.training import stage as stages
+from spar.running.profiles import resolved, yaml_file
+from spar.scale.models.check import check_folders, check_part
+from spar.scale.models.cost import saved_bytes, unified_cost
+from spar.scale.models.parts import architecture, parts_as_text, recipe, Row, shallow, skeleton, table_of_parts
+from spar.scale.models.random import gemma_like, narrow, write_dcae, write_mllm, write_sana
 from spar.backbones.dcae import load_dcae
 from spar.backbones.mllm import load_mllm
 from spar.backbones.sana import load_sana
@@ -20,11 +22,11 @@ def at_root(monkeypatch): monkeypatch.chdir(ROOT)
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
     "The three folders at toy widths, in shards, with the layout of the real ones, and their architectures."
-    import os
     home = os.getcwd(); os.chdir(ROOT); place = tmp_path_factory.mktemp('toy')
-    archs = models.narrow(models.recipe('spar-1b'))
-    archs['dcae'] = models.shallow('dcae', archs['dcae'], 1)
-    models.write_mllm(place/'mllm', archs['mllm'], 0, shard='2MB'); models.write_dcae(place/'dcae', archs['dcae'], 0, shard='100KB'); models.write_sana(place/'sana', archs['sana'], 0, full=False, shard='100KB')
+    archs = narrow(recipe('spar-1b'))
+    archs['dcae'] = shallow('dcae', archs['dcae'], 1)
+    write_mllm(place/'mllm', archs['mllm'], 0, shard='2MB'); write_dcae(place/'dcae', archs['dcae'], 0, shard='100KB')
+    write_sana(place/'sana', archs['sana'], 0, full=False, shard='100KB')
     os.chdir(home)
     return place, archs
 
@@ -34,7 +36,7 @@ def damaged(toy, tmp_path):
     place, archs = toy
     def after(part, do, own=False):
         folder = tmp_path/part; shutil.rmtree(folder, ignore_errors=True); shutil.copytree(place/part, folder); do(folder)
-        return models.check_part(part, folder, archs[part], own)
+        return check_part(part, folder, archs[part], own)
     return after
 
 
@@ -42,67 +44,70 @@ def damaged(toy, tmp_path):
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_profile_has_every_section_and_only_known_keys(profile):
-    assert sorted(runner.yaml_file(f'configs/{profile}.yaml')) == STAGES
-    for name in STAGES: assert runner.resolved(name, profile)
+    assert sorted(yaml_file(f'configs/{profile}.yaml')) == STAGES
+    for name in STAGES: assert resolved(name, profile)
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_profile_says_what_the_method_says(profile):
-    got = {s: runner.resolved(s, profile) for s in STAGES}
+    got = {s: resolved(s, profile) for s in STAGES}
     for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder'):
         t = got[s]['train']
-        assert (got[s]['side'], t['steps'], t['batch_size'], t['lr'], t['lr_end'], t['warmup'], t['ema'], t['weight_decay']) == (224, 100_000, 2048, 3e-4, 1e-4, 10_000, .999, 1e-4)
+        keys = ('steps', 'batch_size', 'lr', 'lr_end', 'warmup', 'ema', 'weight_decay')
+        assert (got[s]['side'], *(t[k] for k in keys)) == (224, 100_000, 2048, 3e-4, 1e-4, 10_000, .999, 1e-4)
     assert got['tokenizer_1_init']['loss']['lambda_p'] == 1 and got['tokenizer_2_decoder']['loss']['lambda_p'] == 0
     loss = got['tokenizer_3_encoder']['loss']
     assert (loss['lambda_s'], loss['lambda_gan'], loss['gan_start'], loss['encoder_lr'], loss['lecam']) == (1, .1, .3, .1, .001)
     finer = got['tokenizer_3_encoder']['finer']      # the paper's fourth pass
     again = got['tokenizer_3_encoder']['train'] | finer['train']
-    assert (finer['side'], finer['loss'], again['steps'], again['batch_size'], again['lr'], float(again['lr_end'])) == (448, dict(gan_start=0.), 100_000, 256, 3e-4, 1e-5)
+    rates = (again['steps'], again['batch_size'], again['lr'], float(again['lr_end']))
+    assert (finer['side'], finer['loss'], *rates) == (448, dict(gan_start=0.), 100_000, 256, 3e-4, 1e-5)
     for s, batch, samples in (('unified_1_connector', 1024, 180e6), ('unified_2_joint', 1024, 255e6), ('unified_3_sft', 512, 1.215e6)):
         t = got[s]['train']
         assert (t['batch_size'], t['lr'], t['lr_end'], t['weight_decay']) == (batch, 1e-4, 1e-5, 0)
         assert abs(t['steps'] * batch - samples) < batch and t['warmup'] == round(.003 * t['steps'])
         if 'data' in t: assert abs(sum(v for v in got[s]['data'].values() if isinstance(v, float)) - 1) < 1e-9
     m = got['unified_1_connector']['model']
-    assert (m['condition']['queries'], m['condition']['layers'], m['alignment']['block'], m['alignment']['hidden'], m['flow']['shift']) == (256, 6, 6, 2048, 3.0)
+    c, a = m['condition'], m['alignment']
+    assert (c['queries'], c['layers'], a['block'], a['hidden'], m['flow']['shift']) == (256, 6, 6, 2048, 3.0)
     for s in ('unified_2_joint', 'unified_3_sft'): assert got[s]['alignment'] == m['alignment'] and got[s]['stage']['lambda_a'] == .5
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_batches_divide_over_eight_processes(profile):
     for s in STAGES:
-        t = runner.resolved(s, profile).get('train')
-        for t in filter(None, (t, (t or {}) | runner.resolved(s, profile).get('finer', {}).get('train', {}))): assert t['batch_size'] % (8 * t['accumulate']) == 0, s
+        t = resolved(s, profile).get('train')
+        for t in filter(None, (t, (t or {}) | resolved(s, profile).get('finer', {}).get('train', {}))): assert t['batch_size'] % (8 * t['accumulate']) == 0, s
 
 
 # sizes
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_every_part_has_the_stated_size(profile):
-    rows = models.table_of_parts(profile)
+    rows = table_of_parts(profile)
     stated = [r for r in rows if r.stated is not None]
-    assert len(stated) == 12 and all(r.fits for r in rows), models.as_text(rows)
+    assert len(stated) == 12 and all(r.fits for r in rows), parts_as_text(rows)
 
 def test_a_wrong_size_is_seen():
-    assert not models.Row('x', 10, 11).fits and not models.Row('x', 67_500_000, 67.6).fits and models.Row('x', 67_597_408, 67.6).fits
-    assert 'STATED 11' in models.as_text([models.Row('x', 10, 11)])
+    assert not Row('x', 10, 11).fits and not Row('x', 67_500_000, 67.6).fits and Row('x', 67_597_408, 67.6).fits
+    assert 'STATED 11' in parts_as_text([Row('x', 10, 11)])
 
 @pytest.mark.parametrize('profile', PROFILES)
 def test_cut_depth_keeps_widths(profile):
-    for part, arch in models.recipe(profile).items():
-        full, cut = (models.skeleton(part, a['config']).state_dict() for a in (arch, models.shallow(part, arch, 6)))
+    for part, arch in recipe(profile).items():
+        full, cut = (skeleton(part, a['config']).state_dict() for a in (arch, shallow(part, arch, 6)))
         assert len(cut) < len(full)
         if part != 'dcae': assert all(full[k].shape == v.shape for k, v in cut.items())      # the autoencoder's levels renumber their layers
 
 def test_unknown_profile_and_architecture_say_what_there_is():
-    with pytest.raises(ValueError, match="'mini'.*spar-1b, spar-3b"): models.recipe('mini')
-    with pytest.raises(ValueError, match='internvl3-1b'): models.architecture('internvl3-1')
-    with pytest.raises(ValueError, match='at least one layer'): models.shallow('mllm', models.architecture('internvl3-1b'), 0)
+    with pytest.raises(ValueError, match="'mini'.*spar-1b, spar-3b"): recipe('mini')
+    with pytest.raises(ValueError, match='internvl3-1b'): architecture('internvl3-1')
+    with pytest.raises(ValueError, match='at least one layer'): shallow('mllm', architecture('internvl3-1b'), 0)
 
 
 # folders
 
 def test_right_folders_pass_and_load(toy):
     place, archs = toy
-    for part in archs: assert models.check_part(part, place/part, archs[part]) == []
+    for part in archs: assert check_part(part, place/part, archs[part]) == []
     assert len(list((place/'mllm').glob('*.safetensors'))) > 1 and (place/'sana/transformer/diffusion_pytorch_model.safetensors.index.json').is_file()
     mllm, dcae, sana = load_mllm(place/'mllm', side=224), load_dcae(place/'dcae'), load_sana(place/'sana', text_encoder=True)
     assert mllm.encode(torch.zeros(1, 3, 224, 224)).shape == (1, 64, 32) and dcae.factor == 32 and sana.shift == 3.0
@@ -116,13 +121,14 @@ def test_right_folders_pass_and_load(toy):
 def test_random_weights_depend_on_the_seed_alone(toy, tmp_path):
     place, archs = toy
     tensors = lambda d: {k: v for p in sorted(d.glob('*.safetensors')) for k, v in load_file(p).items()}
-    models.write_dcae(tmp_path/'same', archs['dcae'], 0); models.write_dcae(tmp_path/'other', archs['dcae'], 1)
+    write_dcae(tmp_path/'same', archs['dcae'], 0); write_dcae(tmp_path/'other', archs['dcae'], 1)
     a, b, c = tensors(place/'dcae'), tensors(tmp_path/'same'), tensors(tmp_path/'other')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 def test_names_on_disk_are_the_real_ones(toy):
     index = json.loads((toy[0]/'mllm/model.safetensors.index.json').read_text())['weight_map']
-    assert {'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight', 'vision_tower.embeddings.cls_token', 'multi_modal_projector.linear_1.weight'} <= index.keys()
+    assert {'language_model.lm_head.weight', 'language_model.model.embed_tokens.weight', 'vision_tower.embeddings.cls_token',
+            'multi_modal_projector.linear_1.weight'} <= index.keys()
 
 def test_missing_shard(damaged):
     gone = lambda f: sorted(f.glob('*.safetensors'))[1].unlink()
@@ -182,7 +188,8 @@ def test_wrong_configurations(damaged, part, name, changes, says):
     found = damaged(part, edit(name, **changes))
     assert found and any(says in p.says + p.cure for p in found), found
 
-@pytest.mark.parametrize('part,name,changes', [('mllm', 'config.json', dict(text_config__use_cache=False)), ('mllm', 'config.json', dict(tie_word_embeddings=True)),
+@pytest.mark.parametrize('part,name,changes', [('mllm', 'config.json', dict(text_config__use_cache=False)),
+                                               ('mllm', 'config.json', dict(tie_word_embeddings=True)),
                                                ('mllm', 'config.json', dict(vision_config__initializer_range=0.5))])
 def test_keys_that_change_nothing_are_no_problem(damaged, part, name, changes): assert damaged(part, edit(name, **changes)) == []
 
@@ -193,7 +200,7 @@ def test_damaged_json_and_empty_places(damaged, tmp_path):
     assert 'cannot be built' in damaged('mllm', edit('config.json', text_config__hidden_size='wide'))[0].says
     assert 'files of this folder' in damaged('mllm', edit('model.safetensors.index.json', weight_map={'x': '../x.safetensors'}))[0].says
     assert 'damaged' in damaged('sana', lambda f: (f/'vae/config.json').write_text('{'))[0].says
-    assert [p.says for p in models.check('spar-3b', tmp_path/'nothing')] == ['there is no such folder'] * 3
+    assert [p.says for p in check_folders('spar-3b', tmp_path/'nothing')] == ['there is no such folder'] * 3
 
 def test_only_pickled_weights(damaged):
     def pickled(f): [p.unlink() for p in (*f.glob('*.safetensors'), *f.glob('*.index.json'))]; (f/'diffusion_pytorch_model.bin').write_bytes(b'x')
@@ -201,36 +208,40 @@ def test_only_pickled_weights(damaged):
     assert 'holds no diffusion_pytorch_model.safetensors' in says and 'diffusion_pytorch_model.bin' in says
 
 def test_tokenizer_of_another_model(damaged, toy):
-    def other(f): [p.unlink() for p in f.glob('tokenizer*')]; models.gemma_like(600).save_pretrained(f)
+    def other(f): [p.unlink() for p in f.glob('tokenizer*')]; gemma_like(600).save_pretrained(f)
     assert any('special tokens' in p.says or 'cannot be loaded' in p.says for p in damaged('mllm', other))
 
 def test_toy_folders_are_not_the_paper(toy):
-    problems = models.check('spar-1b', toy[0])
+    problems = check_folders('spar-1b', toy[0])
     assert {p.part for p in problems} == {'mllm', 'dcae', 'sana'}
     assert any('other shapes' in p.says for p in problems) and any('missing' in p.says for p in problems) and all(p.cure for p in problems)
-    assert models.check('spar-1b', toy[0], own=True) == []
+    assert check_folders('spar-1b', toy[0], own=True) == []
 
 
 # costs and the command
 
 def test_memory_for_backward_is_counted():
     x, lin = torch.empty(10, 100, device='meta'), torch.nn.Linear(100, 50, device='meta')
-    assert models.kept_for_backward(lambda: lin(x).sigmoid(), [lin]) == 4 * (10 * 100 + 10 * 50)
+    assert saved_bytes(lambda: lin(x).sigmoid(), [lin]) == 4 * (10 * 100 + 10 * 50)
 
 def test_costs_follow_what_trains():
-    one, two = models.unified_cost('unified_1_connector', 'spar-1b'), models.unified_cost('unified_2_joint', 'spar-1b')
-    table = {r.part.strip(): r.parameters for r in models.table_of_parts('spar-1b')}
+    one, two = unified_cost('unified_1_connector', 'spar-1b'), unified_cost('unified_2_joint', 'spar-1b')
+    table = {r.part.strip(): r.parameters for r in table_of_parts('spar-1b')}
     new = table['queries'] + table['routing'] + table['connector']
     assert two.trained == new + table['sana'] + table['alignment head']
-    assert new < one.trained < new + table['sana'] / 10 and one.kept < two.kept and one.samples == 175781 * 1024
+    assert new < one.trained < new + table['sana'] / 10 and one.saved < two.saved and one.samples == 175781 * 1024
 
-def command(*args): return subprocess.run([sys.executable, '-c', 'from spar.models import main; main()', *args], cwd=ROOT, capture_output=True, text=True, env={**__import__('os').environ, 'PYTHONPATH': str(ROOT)})
+def command(*args):
+    code = 'from spar.scale.models.cli import models_command; models_command()'
+    return subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
 
 def test_command(toy):
     found = command('check', '--profile', 'spar-1b', '--bases', str(toy[0]))
     assert found.returncode == 1 and '67.6 M' in found.stdout and 'WRONG' in found.stdout and 'cure:' in found.stdout and not found.stderr.count('Traceback')
 
-@pytest.mark.parametrize('argv, says', [(('check', '--random', 'x'), '--random writes'), (('--depth', '4'), 'belong to --random'), (('--bases', 'x'), 'belong to `spar_models check`'), (('--random', 'x', '--full', '--depth', '3'), 'leave --depth out')])
+@pytest.mark.parametrize('argv, says', [(('check', '--random', 'x'), '--random writes'), (('--depth', '4'), 'belong to --random'),
+                                        (('--bases', 'x'), 'belong to `spar_models check`'),
+                                        (('--random', 'x', '--full', '--depth', '3'), 'leave --depth out')])
 def test_no_option_is_accepted_and_ignored(argv, says):
     found = command(*argv, '--profile', 'spar-1b'); assert found.returncode == 2 and says in found.stderr, found.stderr
 

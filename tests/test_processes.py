@@ -172,6 +172,7 @@ def test_one_process_that_fails_ends_all(toy):
 
 
 def test_a_stage_from_shards_killed_on_two_processes_ends_on_one_as_if_nothing_had_happened(tmp_path):
-    "The first of the six stages, through its notebook and `accelerate-launch`; tests/six_stages.py does all six."
+    "The first of the six stages, through its notebook and `accelerate-launch`; tools/six_stages.py does all six."
+    sys.path.insert(0, str(ROOT/'tools'))
     from six_stages import close, main
     assert close(found := main(tmp_path, stages=('tokenizer_1_init',))['tokenizer_1_init']), found

@@ -9,13 +9,7 @@ __all__ = ['Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'Judge'
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, one_of, read_json, write_json
-import torch
-from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
-from torch import nn, Tensor
-from torch.nn import functional as F
-from ..world.scenes import boxes, DIALS, STYLES, TEXTURES
+from spar.core import atomic_path, Config, DIALS, freeze, one_of, read_config, save_file from torch import nn, STYLES, Tensor from torch.nn import functional as F from spar.world.scenes import boxes, TEXTURES, write_config, write_json import torch from fastcore.basics import patch from safetensors.torch import load_file
 
 # %% ../../nbs/mini/judge.ipynb #ba6c50d0
 @dataclass(frozen=True)
@@ -216,7 +210,7 @@ def save_pretrained(
     weights = {k: stored(v) for k, v in self.state_dict().items()}
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        write_json(tmp / 'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))
+        write_config(tmp/'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))
         save_file(weights, tmp / 'model.safetensors')
 
 # %% ../../nbs/mini/judge.ipynb #82234b8d
@@ -231,7 +225,7 @@ def from_pretrained(
         raise FileNotFoundError(
             f'no judge in {str(folder)!r} (model.safetensors is missing). Fetch the inputs with `dvc pull data.dvc`.'
         )
-    cfg = read_json(Path(folder) / 'config.json')
+    cfg = read_config(Path(folder)/'config.json')
     judge = cls(threshold=cfg.pop('threshold'), cfg=JudgeConfig.from_dict(cfg))
     judge.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     return freeze(judge)

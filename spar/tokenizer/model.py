@@ -9,16 +9,7 @@ __all__ = ['TokenizerConfig', 'Encoded', 'load_tensors', 'load_exactly', 'Tokeni
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, is_first, read_json, write_json
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderDC
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
-from ..backbones.mllm import load_mllm, MLLM
-from .latents import from_dit, latent_pairs, latent_stats_of, LatentStats, to_dit
-from .streams import DualStream, own_seed, StreamsConfig, to_grid
+from spar.core import atomic_path, Config, freeze, is_first, latent_pairs, latent_stats_of, LatentStats, MLLM from spar.tokenizer.latents import from_dit, own_seed, read_config, save_file from torch import nn from spar.backbones.mllm import load_mllm, StreamsConfig, to_dit from spar.tokenizer.streams import DualStream, to_grid, write_config, write_json import torch import torch.nn.functional as F from diffusers import AutoencoderDC from safetensors import SafetensorError from safetensors.torch import load_file
 
 # %% ../../nbs/method/04_tokenizer.ipynb #34234bba
 @dataclass
@@ -79,7 +70,7 @@ def _save(tokenizer: _Autoencoder, folder):
     state = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        write_json(tmp/'config.json', tokenizer.cfg.to_dict())
+        write_config(tmp/'config.json', tokenizer.cfg.to_dict())
         save_file(state, tmp/'model.safetensors')
 
 # %% ../../nbs/method/04_tokenizer.ipynb #8d45f12a
@@ -106,7 +97,7 @@ def load_exactly(module: nn.Module, state: dict, where: str):
 def _config_of(folder: Path, side: int | None) -> TokenizerConfig:
     "The configuration of a saved tokenizer, for images of `side` pixels if one is given."
     if not folder.is_dir(): raise FileNotFoundError(f'no tokenizer at {folder}: run `dvc repro`.')
-    cfg = TokenizerConfig.from_dict(read_json(folder/'config.json'))
+    cfg = TokenizerConfig.from_dict(read_config(folder/'config.json'))
     cfg.side = side or cfg.side
     return cfg
 

@@ -8,18 +8,7 @@ __all__ = ['UnifiedConfig', 'Unified']
 # %% ../../nbs/method/13_unified.ipynb #25c7767b
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core import atomic_path, autocast, Config, freeze, is_first, one_of, read_json, seed_for, write_json
-import torch
-from diffusers import SanaTransformer2DModel
-from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
-from torch import nn, Tensor
-from ..backbones.mllm import MLLM
-from ..backbones.perceptual import load_features
-from ..tokenizer.model import Tokenizer
-from .alignment import Alignment, AlignmentConfig, LastMap
-from .condition import Condition, ConditionConfig
-from .flow import FlowConfig, sample as sample_latent, start_noise
+from spar.core import AlignmentConfig, atomic_path, autocast, ConditionConfig from spar.unified.flow import FlowConfig, Config, freeze, is_first, LastMap from spar.unified.condition import Condition, one_of, read_config, sample as sample_latent, save_file from torch import nn, seed_for, start_noise, Tensor from spar.backbones.mllm import MLLM from spar.backbones.perceptual import load_features from spar.tokenizer.model import Tokenizer from spar.unified.alignment import Alignment, write_config, write_json import torch from diffusers import SanaTransformer2DModel from fastcore.basics import patch from safetensors.torch import load_file
 
 # %% ../../nbs/method/13_unified.ipynb #6e74c045
 @dataclass
@@ -166,7 +155,7 @@ def save_pretrained(
     if not is_first(): return
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        write_json(tmp / 'config.json', self.cfg.to_dict())
+        write_config(tmp/'config.json', self.cfg.to_dict())
         state = {k: v for k, v in self.own_state().items() if head or not k.startswith('alignment.')}
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp / 'model.safetensors')
         self.transformer.save_pretrained(tmp / 'transformer')
@@ -198,7 +187,7 @@ def from_pretrained(
 ) -> Unified:
     "Rebuild the model; errors name what is missing or does not fit."
     folder = Path(folder)
-    cfg = UnifiedConfig.from_dict(read_json(folder / 'config.json') | changes)
+    cfg = UnifiedConfig.from_dict(read_config(folder/'config.json') | changes)
     dit = SanaTransformer2DModel.from_pretrained(folder / 'transformer')
     model = cls(mllm, image_tokenizer, dit, cfg, dcae)
     model.load_own(load_file(folder / 'model.safetensors'), str(folder))
