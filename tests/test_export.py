@@ -100,9 +100,9 @@ def test_tokenizer_alone(half, pipe, tmp_path):
     assert not any('language' in k for k in alone.state_dict())
 
 def test_card_holds_metrics_and_their_protocol(pipe, tmp_path):
-    (tmp_path/'result.json').write_text(json.dumps(dict(overall=.57, protocol=protocol('wise-legacy', judge='gpt'), system=dict(name='x', sha256='y'))))
+    (tmp_path/'result.json').write_text(json.dumps(dict(overall=.57, protocol=published_protocol('wise-legacy', judge='gpt'), system=dict(name='x', sha256='y'))))
     card = (export(pipe, 'pipeline', tmp_path/'p', metrics=[tmp_path/'result.json'])/'README.md').read_text()
-    assert card.startswith('---\nlibrary_name: spar') and '| overall | 0.57 |' in card and protocol('wise-legacy', judge='gpt')['id'] in card
+    assert card.startswith('---\nlibrary_name: spar') and '| overall | 0.57 |' in card and published_protocol('wise-legacy', judge='gpt')['id'] in card
     assert 'streams' in card and 'FOLDER' in card
 
 def test_nothing_is_replaced_by_accident(pipe, tmp_path):

@@ -9,7 +9,13 @@ __all__ = ['Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'Judge'
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from spar.core import atomic_path, Config, DIALS, freeze, one_of, read_config, save_file from torch import nn, STYLES, Tensor from torch.nn import functional as F from spar.world.scenes import boxes, TEXTURES, write_config, write_json import torch from fastcore.basics import patch from safetensors.torch import load_file
+from ..core import atomic_path, Config, freeze, one_of, read_config, write_config
+import torch
+from fastcore.basics import patch
+from safetensors.torch import load_file, save_file
+from torch import nn, Tensor
+from torch.nn import functional as F
+from ..world.scenes import boxes, DIALS, STYLES, TEXTURES
 
 # %% ../../nbs/mini/judge.ipynb #ba6c50d0
 @dataclass(frozen=True)

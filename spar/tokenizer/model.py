@@ -9,7 +9,16 @@ __all__ = ['TokenizerConfig', 'Encoded', 'load_tensors', 'load_exactly', 'Tokeni
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from spar.core import atomic_path, Config, freeze, is_first, latent_pairs, latent_stats_of, LatentStats, MLLM from spar.tokenizer.latents import from_dit, own_seed, read_config, save_file from torch import nn from spar.backbones.mllm import load_mllm, StreamsConfig, to_dit from spar.tokenizer.streams import DualStream, to_grid, write_config, write_json import torch import torch.nn.functional as F from diffusers import AutoencoderDC from safetensors import SafetensorError from safetensors.torch import load_file
+from ..core import atomic_path, Config, freeze, is_first, read_config, write_config
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from ..backbones.mllm import load_mllm, MLLM
+from .latents import from_dit, latent_pairs, latent_stats_of, LatentStats, to_dit
+from .streams import DualStream, own_seed, StreamsConfig, to_grid
 
 # %% ../../nbs/method/04_tokenizer.ipynb #34234bba
 @dataclass

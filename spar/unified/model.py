@@ -8,7 +8,18 @@ __all__ = ['UnifiedConfig', 'Unified']
 # %% ../../nbs/method/13_unified.ipynb #25c7767b
 from dataclasses import dataclass, field
 from pathlib import Path
-from spar.core import AlignmentConfig, atomic_path, autocast, ConditionConfig from spar.unified.flow import FlowConfig, Config, freeze, is_first, LastMap from spar.unified.condition import Condition, one_of, read_config, sample as sample_latent, save_file from torch import nn, seed_for, start_noise, Tensor from spar.backbones.mllm import MLLM from spar.backbones.perceptual import load_features from spar.tokenizer.model import Tokenizer from spar.unified.alignment import Alignment, write_config, write_json import torch from diffusers import SanaTransformer2DModel from fastcore.basics import patch from safetensors.torch import load_file
+from ..core import atomic_path, autocast, Config, freeze, is_first, one_of, read_config, seed_for, write_config
+import torch
+from diffusers import SanaTransformer2DModel
+from fastcore.basics import patch
+from safetensors.torch import load_file, save_file
+from torch import nn, Tensor
+from ..backbones.mllm import MLLM
+from ..backbones.perceptual import load_features
+from ..tokenizer.model import Tokenizer
+from .alignment import Alignment, AlignmentConfig, LastMap
+from .condition import Condition, ConditionConfig
+from .flow import FlowConfig, sample as sample_latent, start_noise
 
 # %% ../../nbs/method/13_unified.ipynb #6e74c045
 @dataclass
