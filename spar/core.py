@@ -209,7 +209,8 @@ def read_config(path) -> dict:
     config = read_json(path)
     version = config.pop('format_version', 0)
     if version not in range(FORMAT + 1):
-        raise ValueError(f'{path} has format version {version!r}, this package reads 0 to {FORMAT}: install a newer one.')
+        newest = f'this package reads 0 to {FORMAT}: install a newer one.'
+        raise ValueError(f'{path} has format version {version!r}, {newest}')
     return config
 
 # %% ../nbs/01_core.ipynb #c3b06a44
@@ -243,7 +244,8 @@ def repository() -> Path:  # its root
     "The checkout that the working directory lies in."
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
-    raise FileNotFoundError(f'{Path.cwd()} lies in no checkout of this repository: no folder above has settings.ini and nbs/.')
+    why = 'no folder above has settings.ini and nbs/.'
+    raise FileNotFoundError(f'{Path.cwd()} lies in no checkout of this repository: {why}')
 
 # %% ../nbs/01_core.ipynb #aa303f20
 def to_unit(img: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,6 @@ def as_png(
     if isinstance(fig, (str, Path)): return Path(fig).read_bytes()
     buffer = io.BytesIO()
     fig.savefig(buffer, format='png', metadata={'Software': None}, **options)
-    plt.close(fig)
     return buffer.getvalue()
 
 def save_figure(

@@ -213,8 +213,8 @@ class _Files:
         "Write the whole pipeline. The alignment head, for training only, is left out."
         with atomic_path(folder) as tmp:
             tmp.mkdir()
-            index = dict(_class_name='SparPipeline', parts=list(_PARTS), record=self.record if record is None else record)
-            write_config(tmp/'model_index.json', index)
+            index = dict(_class_name='SparPipeline', parts=list(_PARTS))
+            write_config(tmp/'model_index.json', index | dict(record=self.record if record is None else record))
             save_mllm(self.mllm, tmp/'mllm', torch.float32)
             self.image_tokenizer.save_pretrained(tmp/'image_tokenizer')
             self.unified.save_pretrained(tmp/'unified', head=False)

@@ -28,8 +28,8 @@ def typed_parameters(
 # %% ../../nbs/running/profiles.ipynb #53751ea7
 def overlaid(below: dict, above: dict) -> dict:
     "`above` over `below`, dictionaries key by key."
-    both = {k: overlaid(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
-    return {**below, **above, **both}
+    deeper = [k for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)]
+    return {**below, **above, **{k: overlaid(below[k], above[k]) for k in deeper}}
 
 # %% ../../nbs/running/profiles.ipynb #b150c782
 def fitted(default, value, where: str):
@@ -42,7 +42,8 @@ def fitted(default, value, where: str):
     else: ok = isinstance(value, type(default))
     if not ok:
         raise ValueError(
-            f'{where}: {value!r} is a {type(value).__name__}, the notebook has a {type(default).__name__} there ({default!r}).'
+            f'{where}: {value!r} is a {type(value).__name__}, '
+            f'the notebook has a {type(default).__name__} there ({default!r}).'
         )
     return value
 

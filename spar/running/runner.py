@@ -109,7 +109,7 @@ def make_folders(value):
 
 # %% ../../nbs/running/runner.ipynb #c3e85539
 def run_stage(name: str, profile: str, kind='stages') -> Path | None:
-    "Resolve, run, record; returns the executed copy. The checkpoint of a finished stage is deleted, a base keeps its own."
+    "Resolve, run, record; returns the executed copy. The checkpoint of a finished stage goes, a base keeps its own."
     from papermill.exceptions import PapermillExecutionError
     params, run, began = resolved(name, profile, kind), Path('runs', profile, name), time.monotonic()
     if not is_first() and 'train' not in params: return None      # a stage without training has work for one process

@@ -39,7 +39,8 @@ class Stage:
         "The stage whose notebook is running, from the repository's root."
         run = Path(os.environ.get('SPAR_RUN') or Path('runs')/profile_name()/name)
         if run.name != name:
-            raise ValueError(f'this notebook calls itself {name!r} but runs as {run.name!r}: correct Stage.current(...).')
+            wrong = f'this notebook calls itself {name!r} but runs as {run.name!r}'
+            raise ValueError(f'{wrong}: correct Stage.current(...).')
         return cls(name, run, _own_notebook(name))
 
     @property
@@ -96,4 +97,5 @@ def save_curves(
 def final_terms(*histories: History) -> dict:  # 'steps' of all, 'final' row of the last
     "How long a stage trained and where its terms ended, for its metrics file."
     row = (histories[-1].rows or [{}])[-1]
-    return dict(steps=sum(h.step for h in dict.fromkeys(histories)), final={k: v for k, v in row.items() if k != 'step'})
+    steps = sum(h.step for h in dict.fromkeys(histories))
+    return dict(steps=steps, final={k: v for k, v in row.items() if k != 'step'})

@@ -143,8 +143,9 @@ def _named_source(path, args) -> tuple[SourceConfig, Source]:
 
 def _profile_sources(file: str, section: str) -> tuple[dict, list]:
     "Name -> SourceConfig, and the exclude files, from `source` of a profile's section (or from the file itself)."
-    import yaml
-    d = yaml.safe_load(Path(file).read_text()) or {}
+    from spar.running.profiles import sections, yaml_file
+    d = yaml_file(file)
+    if 'from' in d: d = sections(Path(file).stem)
     if section: d = d[one_of(section, d, file)]
     cfg = CorpusConfig.from_dict(d.get('source', d))
     return {n: SourceConfig.from_dict(c) for n, c in cfg.sources.items()}, cfg.exclude
