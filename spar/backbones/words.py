@@ -8,6 +8,7 @@ __all__ = ['make_tokenizer', 'UnknownWord', 'is_word_level', 'encode_text']
 # %% ../../nbs/backbones/words.ipynb #1a77a946
 import difflib
 import re
+import spar.core  # noqa: F401  declares what transformers may miss in torchvision, so it comes first
 from tokenizers import models as token_models, pre_tokenizers, Regex, Tokenizer as WordTokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -150,5 +150,7 @@ class Watch:
         self.save(f'edits_{step:06d}.png', picture_grid(model.sample(texts, source, **args), texts, reference=source))
 
     def save(self, name: str, fig):
-        save_figure(fig, self.folder / name)
+        import matplotlib.pyplot as plt
+        save_figure(fig, self.folder/name)
+        plt.close(fig)      # the stage shows the last ones from their files
         self.last.append(str(self.folder / name))

@@ -10,13 +10,13 @@ import copy
 import json
 from pathlib import Path
 from typing import NamedTuple
+from ...running.profiles import resolved
 import torch
 from safetensors import safe_open, SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, InternVLConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key, WeightConverter, WeightRenaming
-from ...running.profiles import resolved
 from .parts import CLASSES, recipe, skeleton
 
 # %% ../../../nbs/scale/models/check.ipynb #7bc83ff1
