@@ -9,7 +9,7 @@ __all__ = ['Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'Judge'
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, one_of, read_config, write_config
+from ..core import atomic_path, Config, freeze, one_of, read_json, write_json
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
@@ -216,7 +216,7 @@ def save_pretrained(
     weights = {k: stored(v) for k, v in self.state_dict().items()}
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        write_config(tmp/'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))
+        write_json(tmp/'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))
         save_file(weights, tmp / 'model.safetensors')
 
 # %% ../../nbs/mini/judge.ipynb #82234b8d
@@ -231,7 +231,7 @@ def from_pretrained(
         raise FileNotFoundError(
             f'no judge in {str(folder)!r} (model.safetensors is missing). Fetch the inputs with `dvc pull data.dvc`.'
         )
-    cfg = read_config(Path(folder)/'config.json')
+    cfg = read_json(Path(folder)/'config.json')
     judge = cls(threshold=cfg.pop('threshold'), cfg=JudgeConfig.from_dict(cfg))
     judge.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     return freeze(judge)

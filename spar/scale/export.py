@@ -10,7 +10,7 @@ import argparse
 import copy
 from pathlib import Path
 from types import SimpleNamespace
-from ..core import atomic_path, freeze, n_params, one_of, pick_device, read_json, write_json
+from ..core import atomic_path, freeze, n_params, one_of, pick_device, read_config, read_json, write_json
 import torch
 from safetensors.torch import load_file, save_file
 from ..backbones.mllm import Encoder, IMAGENET_MEAN, IMAGENET_STD
@@ -229,7 +229,7 @@ def load_tokenizer(folder) -> Tokenizer:      # frozen
     "The image tokenizer of an exported folder; no language model is built or read."
     from diffusers import AutoencoderDC
     folder = Path(folder)
-    cfg = TokenizerConfig.from_dict(read_json(folder/'config.json'))
+    cfg = TokenizerConfig.from_dict(read_config(folder/'config.json'))
     encoder = _encoder_of(read_json(folder/'encoder.json'), cfg.side)
     tokenizer = Tokenizer(encoder, DualStream(cfg.streams), AutoencoderDC.from_config(cfg.decoder).decoder, cfg)
     load_exactly(tokenizer, load_tensors(folder/'model.safetensors'), str(folder))
