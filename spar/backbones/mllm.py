@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'mini_mllm', 'pixel_shuffle', 'Encoder', 'pad_left', 'position_ids', 'MLLM',
-           'load_mllm', 'save_mllm']
+           'read_layers', 'load_mllm', 'save_mllm']
 
 # %% ../../nbs/backbones/mllm.ipynb #c7a154be
 from functools import partial
@@ -204,6 +204,23 @@ def _causal(lm, embeds, mask, positions):
     given = dict(past_key_values=None, position_ids=positions)
     return create_causal_mask(config=lm.config, inputs_embeds=embeds, attention_mask=mask, **given)
 
+# %% ../../nbs/backbones/mllm.ipynb #51a7e5a1
+def read_layers(
+    lm: nn.Module,  # a Qwen2Model: .layers, .norm
+    h: torch.Tensor,  # [B, T, D] what enters the first layer
+    layers: list[int],  # whose states to keep, 1-based
+    raw: bool = False,  # skip the final norm
+    checkpoint: bool = False,  # recompute inside of layers in the backward pass
+    **inputs,  # what every layer is given beside the states: mask, positions, rotary embeddings, cache
+) -> list[torch.Tensor]:  # [B, T, D] each, in ascending order of `layers`
+    "One pass through the decoder layers; layers above the last one asked for are not run."
+    out = []
+    for number, layer in enumerate(lm.layers[:max(layers)], start=1):
+        step = partial(layer, **inputs)
+        h = recompute(step, h, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else step(h)
+        if number in layers: out.append(h if raw else lm.norm(h))
+    return out
+
 # %% ../../nbs/backbones/mllm.ipynb #e33b525f
 @patch
 def states(
@@ -220,12 +237,9 @@ def states(
     if bad: raise ValueError(f'layer {bad[0]} does not exist; layers are 1..{self.num_layers} (0 are the embeddings).')
     if positions is None: positions = position_ids(attention_mask)
     mask, rotary = _causal(self.lm, embeds, attention_mask, positions), self.lm.rotary_emb(embeds, positions)
-    out, h = {}, embeds
-    for k, layer in enumerate(self.lm.layers[:max(layers)], 1):
-        step = partial(layer, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-        h = recompute(step, h, use_reentrant=False) if checkpoint else step(h)
-        if k in layers: out[k] = h if raw else self.lm.norm(h)
-    return [out[k] for k in layers]
+    inputs = dict(attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+    read = dict(zip(sorted(set(layers)), read_layers(self.lm, embeds, layers, raw, checkpoint, **inputs)))
+    return [read[k] for k in layers]
 
 # %% ../../nbs/backbones/mllm.ipynb #837be255
 @patch

@@ -6,10 +6,9 @@
 __all__ = ['tap_layers', 'as_bias', 'tap']
 
 # %% ../../nbs/method/08_layers.ipynb #784186fb
-from functools import partial
+from ..backbones.mllm import read_layers
 import torch
 from torch import nn, Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
 # %% ../../nbs/method/08_layers.ipynb #4e88bd7c
 def tap_layers(
@@ -60,16 +59,6 @@ def _cut(inputs: dict, a: int, b: int) -> dict:
         position_embeddings=tuple(r[:, a:b] for r in inputs['position_embeddings']),
     )
 
-# %% ../../nbs/method/08_layers.ipynb #8d5e386c
-def _states(lm, h, layers, raw, checkpoint, **inputs) -> list[Tensor]:
-    "One pass through the decoder layers, see `tap`; `inputs` goes to each of them."
-    out = []
-    for number, layer in enumerate(lm.layers[:max(layers)], start=1):
-        step = partial(layer, **inputs)
-        h = recompute(step, h, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else step(h)
-        if number in layers: out.append(h if raw else lm.norm(h))
-    return out
-
 # %% ../../nbs/method/08_layers.ipynb #7b36ed4c
 class _Prefix:
     "Keys and values of the first positions, layer by layer, for the later ones: transformers' cache, but fixed."
@@ -93,7 +82,7 @@ def tap(
 ) -> list[Tensor]:  # K tensors [B, T, D]
     "The states after `layers`, each through the final norm; layers above the last one asked for are not run."
     T, inputs = embeds.shape[1], _layer_inputs(lm, embeds, mask)
-    part = lambda a, b, past=None: _states(
+    part = lambda a, b, past=None: read_layers(
         lm, embeds[:, a:b], layers, raw, checkpoint, past_key_values=past, **_cut(inputs, a, b)
     )
     if not fixed or not torch.is_grad_enabled(): return part(0, T)
