@@ -6,10 +6,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 SHELL  := bash
 
-.PHONY: help install repro test release bases clean
+.PHONY: help install repro test test-slow release bases clean
 
 help:            ## what there is
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 install: $(VENV)/.installed   ## a virtual environment with exact versions
 
@@ -31,7 +31,10 @@ repro: install   ## train SPAR in miniature and evaluate it: everything, from a 
 test: install    ## notebooks clean and in sync, nbdev_test, pytest
 	tests/check.sh
 
-release: test    ## the same, and every stage of the lock up to date
+test-slow: install   ## what takes longer: stages on two processes, killed and continued
+	tests/check.sh slow
+
+release: test test-slow   ## the same, and every stage of the lock up to date
 	@stale=$$(dvc status -q dvc.yaml || echo stale); [ -z "$$stale" ] || { echo 'The lock is not in sync: run `dvc repro` and commit.'; dvc status dvc.yaml; exit 1; }
 	@test -z "$$(git status --porcelain)" || { echo 'Uncommitted changes.'; exit 1; }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What `make test` does, in the order in which failures are cheapest. Runs inside the environment that make has activated.
+# `check.sh slow` is `make test-slow`: the tests that start several processes and kill them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -13,6 +14,11 @@ unchanged() {   # unchanged WHAT CMD...: running CMD must not change a tracked o
   echo "$what: in sync"
 }
 
+if [ "${1:-}" = slow ]; then
+  step "Slow tests"
+  exec python -m pytest -q tests -m slow
+fi
+
 step "Notebooks are clean, modules and README follow from them"
 unchanged "nbdev_clean"  nbdev_clean
 unchanged "nbdev_export" nbdev_export
@@ -22,7 +28,7 @@ step "Every notebook runs"
 nbdev_test --n_workers 2 --do_print --timing
 
 step "Tests"
-python -m pytest -q tests
+python -m pytest -q tests -m 'not slow'
 
 step "The pipeline's lock"
 if [ -f dvc.lock ]; then

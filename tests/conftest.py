@@ -33,4 +33,6 @@ def run(cmd: list, cwd: Path, **env) -> subprocess.CompletedProcess:
 def tree(tmp_path_factory): return clone(tmp_path_factory.mktemp('clone'))
 
 
-def pytest_configure(config): config.addinivalue_line('markers', 'smoke: runs the whole pipeline once (`-m "not smoke"` leaves it out)')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'smoke: runs the whole pipeline once (`-m "not smoke"` leaves it out)')
+    config.addinivalue_line('markers', 'slow: left to `make test-slow`')

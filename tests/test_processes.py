@@ -5,6 +5,8 @@ import psutil, pytest, torch
 from safetensors.torch import load_file
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 # Stage II of the unified model on random backbones of a few layers: both tasks, alignment, EMA, two micro-batches a step, from shards.
 PROGRAM = '''
 import os, sys, torch
