@@ -155,5 +155,5 @@ def experiment(
     changed, file = dict(leaves(ablations()[one_of(name, ablations(), 'ablation')])), f'configs/{profile}.yaml'
     there = dict(leaves(yaml_file(file)))
     add = lambda key: '' if key in there else '+'      # Hydra's sign for a key that the file does not have
-    settings = [f'{add(k)}{file}:{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in changed.items()]
+    settings = [f'{file}:{add(k)}{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in changed.items()]
     return ['dvc', 'exp', 'run', '--temp', '--name', name.replace('_', '-')] + [a for s in settings for a in ('-S', s)]
