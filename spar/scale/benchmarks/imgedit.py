@@ -11,6 +11,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from ...core import one_of
+from ...images import read_image, squared
 import numpy as np
 from fastcore.meta import delegates
 from ...evaluation.metrics import bootstrap_tasks
@@ -85,13 +86,16 @@ def _check_sources(folder, names: list[str]):
 def _imgedit_messages(item: dict, rubric: str, source, result) -> list:
     "The conversation about one edit."
     text = dict(type='text', text=rubric.replace('<edit_prompt>', item['prompt']))
-    pictures = [dict(type='image', image=scored_picture(path)) for path in (source, result)]
+    before, after = read_image(source).image, scored_picture(result)
+    if after.width == after.height: before = squared(before, after.width).image
+    pictures = [dict(type='image', image=image) for image in (before, after)]
     return [dict(role='user', content=[text, *pictures])]
 
+# %% ../../../nbs/scale/benchmarks/imgedit.ipynb #a4e17c01
 def _imgedit_benchmark(items: list, rubrics: dict, sources, out, **facts) -> JudgedBenchmark:
     "What ImgEdit draws and asks."
     files = ('imgedit/basic_edit.json', 'imgedit/prompts.json')
-    aggregation = 'mean of types; grades 2 and 3 not above 1'
+    aggregation = 'mean of types; grades 2 and 3 not above 1; the source in the crop of the result'
     facts = drawn_protocol('imgedit-basic', files, len(items), aggregation=aggregation, **facts)
     wanted, questions = [], []
     for n, i in enumerate(items):

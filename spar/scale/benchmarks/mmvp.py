@@ -157,7 +157,7 @@ def run_mmvp(
     items, sha = load_mmvp(folder, limit)
     facts = published_protocol(
         'mmvp', files={'Questions.csv': sha}, questions=len(items), ask=MMVP_ASK,
-        judge='letter of the answer', aggregation='per question and per pair',
+        judge='letter of the answer, no article and no rejected letter', aggregation='per question and per pair',
     )
     questions = [JudgeQuestion(i['id'], partial(_mmvp_messages, i)) for i in items]
     benchmark = JudgedBenchmark(facts, questions, parse_letter, partial(mmvp_result, items))
