@@ -27,7 +27,7 @@ LETTERS = {
     ],
     'a': [
         'a', 'A', '(a)', 'a.', 'A. Open', '**a)** open', 'The answer is a.', 'Answer: a', 'Option A', 'option a', 'A is the right option.',
-        'It is not (b) but (a).', 'B is wrong, a is right', 'There is a dog. (a)', '(a) because (b) shows a wall', "“a”", '选A，因为',
+        'It is not (b) but (a).', 'A is correct, since B shows a wall.', 'B is wrong, a is right', 'There is a dog. (a)', '(a) because (b) shows a wall', "“a”", '选A，因为',
     ],
     None: [
         '', 'Both', 'Both (a) and (b).', '(a) or (b)', 'either a or b', 'A and B are both wrong', 'Neither (a) nor (b).', 'A dog.',
@@ -57,7 +57,10 @@ EDIT = [
     '{}: 4, {}: 3, {}: 2', '{}: 4; {}: 3; {}: 2', '{}: 4 {}: 3 {}: 2', '{{"{}": 4, "{}": 3, "{}": 2}}', '{{"{}": "4/5", "{}": "3", "{}": 2.0}}',
     '```json\n{{"scores": {{"{}": 4, "{}": 3, "{}": 2}}, "total": 9}}\n```', '{}: 4\n{}: 3\n{}: 2\nTotal: 9', '{}: 4/5\n{}: 3/5\n{}: 2/5\n**Total**: 9/15',
     '{}: 4.\n{}: 3.\n{}: 2.', '**{}:** 4\n**{}:** **3**\n**{}**: __2__', '<think>{0}: 1\n{1}: 1\n{2}: 1</think>\n{0}: 4\n{1}: 3\n{2}: 2',
-    'Brief reasoning: 5 of 5: fine\n{}: 4\n{}: 3\n{}: 2', '| {} | 4 |\n| {} | 3 |\n| {} | 2 |', '{} (1-5): 4\n{} (1-5): 3\n{} (1-5): 2', '{}:\n4\n{}:\n3\n{}:\n2',
+    'Brief reasoning: 5 of 5: fine\n{}: 4\n{}: 3\n{}: 2', '| {} | 4 |\n| {} | 3 |\n| {} | 2 |', '{} (1-5): 4\n{} (1-5): 3\n{} (1-5): 2',
+    '[{{"criterion": "{}", "score": 4}}, {{"criterion": "{}", "score": 3}}, {{"criterion": "{}", "score": 2}}]', '{} 4/5, {} 3/5, {} 2/5',
+    '{{"{}": {{"reason": "cup", "score": 4}}, "{}": {{"score": 3}}, "{}": {{"score": 2}}}}', '{} (out of 5): 4\n{} (out of 5): 3\n{} (out of 5): 2',
+    '{}:\n4\n{}:\n3\n{}:\n2',
 ]
 UNREAD = [
     '{}: 6\n{}: 3\n{}: 2', '{}: 0\n{}: 3\n{}: 2', '{}: -1\n{}: 3\n{}: 2', '{}: 4\n{}: 3', '{}: 4 or 5\n{}: 3\n{}: 2', '{}: 4-5\n{}: 3\n{}: 2',

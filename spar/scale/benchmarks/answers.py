@@ -36,10 +36,14 @@ def _grade(number: str, rest: str, least: int, most: int) -> int | None:
     return int(value)
 
 # %% ../../../nbs/scale/benchmarks/answers.ipynb #41087c37
+_SCALE_NAMED = r'[(\[]\s*(?:[01]\s*(?:-|–|—|to)\s*|out of\s*|/\s*)[25]\s*[)\]]'
+_SCORE_KEY = r'"(?:score|grade|rating|value)"\s*:'
+
 def _one_form(text: str) -> str:
     "The answer with every grade directly behind its name."
-    text = re.sub(r'[(\[]\s*[01]\s*(?:-|–|—|to)\s*[25]\s*[)\]]', ' ', answer_text(text))
-    text = re.sub(r'([:=])\s*\{\s*"(?:score|grade|rating|value)"\s*:', r'\1', text, flags=re.I)
+    text = re.sub(_SCALE_NAMED, ' ', answer_text(text))
+    text = re.sub(rf':\s*\{{[^{{}}]*?{_SCORE_KEY}', ':', text, flags=re.I)
+    text = re.sub(rf'"(?:criterion|name|aspect|metric)"\s*:\s*("[^"]+")\s*,\s*{_SCORE_KEY}', r'\1:', text, flags=re.I)
     return re.sub(r'([:=][*_ \t]*)\n\s*([*_]*\d[\d./]*[*_]*[ \t]*)(?=\n|$)', r'\1 \2', text)
 
 _DECORATION = r"""[*_`"' \t)\]]*"""
@@ -71,7 +75,8 @@ def grades_in_order(text: str, least: int, most: int, count: int = 3) -> list | 
     "Exactly `count` grades behind different names, in the order of the text, or None."
     text = _one_form(text)
     text = re.sub(r'(?im)^\W*(?:brief\s+)?(?:reason(?:ing)?|explanation|rationale)\b[^\n:]*:[^\n]*\n', '', text)
-    pairs = re.finditer(rf"([A-Za-z][A-Za-z0-9 &/'’_-]*?){_DECORATION}{_SIGN}{_BEFORE}{_NUMBER}", text)
+    sign = rf'(?:{_SIGN}|(?<=\s)(?=\d+\s*(?:/|out of)))'
+    pairs = re.finditer(rf"([A-Za-z][A-Za-z0-9 &/'’_-]*?){_DECORATION}{sign}{_BEFORE}{_NUMBER}", text)
     named = [(m[1].lower(), _grade(m[2], text[m.end():], least, most)) for m in pairs]
     named = [(name, grade) for name, grade in named if not _NO_CRITERION.search(name)]
     grades = [grade for _, grade in named]

@@ -199,7 +199,8 @@ def _attempt(self: EndpointJudge, messages: list) -> tuple:    # Reply or None, 
     if r.status_code != 200:
         raise JudgeError(f'{self.url}: HTTP {r.status_code}, which waiting does not mend: {r.text[:300]}')
     reply = _reply_of(r, self.model)
-    return reply, '' if reply else 'an answer without text', None
+    cut = ', cut at the longest answer (max_tokens)' if '"length"' in r.text else ''
+    return reply, '' if reply else f'an answer without text{cut}', None
 
 # %% ../../../nbs/scale/benchmarks/judges.ipynb #5d4ea253
 @patch

@@ -97,8 +97,10 @@ _STATED = re.compile(
 
 def _states(text: str, m) -> bool:
     "Whether a letter is said to be the answer, or begins the text and a reason follows."
-    reason = re.match(r'\W*(?:because|since|as)\b', text[m.end():], re.I)
-    return bool(_STATED.search(text[:m.start()]) or reason and not re.search(r'\w', text[:m.start()]))
+    before, after = text[:m.start()], text[m.end():]
+    right = re.match(r'\W*is (?:the )?(?:correct|right|best)\b', after, re.I)
+    reason = re.match(r'\W*(?:because|since|as)\b', after, re.I) and not re.search(r'\w', before)
+    return bool(_STATED.search(before) or right or reason)
 
 def _alone(text: str, m) -> bool:
     "Whether a letter has a line of its own."
