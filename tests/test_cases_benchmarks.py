@@ -27,7 +27,8 @@ LETTERS = {
     ],
     'a': [
         'a', 'A', '(a)', 'a.', 'A. Open', '**a)** open', 'The answer is a.', 'Answer: a', 'Option A', 'option a', 'A is the right option.',
-        'It is not (b) but (a).', 'A is correct, since B shows a wall.', 'B is wrong, a is right', 'There is a dog. (a)', '(a) because (b) shows a wall', "“a”", '选A，因为',
+        'It is not (b) but (a).',
+        'A is correct, since B shows a wall.', 'B is wrong, a is right', 'There is a dog. (a)', '(a) because (b) shows a wall', "“a”", '选A，因为',
     ],
     None: [
         '', 'Both', 'Both (a) and (b).', '(a) or (b)', 'either a or b', 'A and B are both wrong', 'Neither (a) nor (b).', 'A dog.',
