@@ -37,6 +37,14 @@ _TEXT_OPTIONS = {
     'device': 'cpu, cuda, mps',
 }
 
+# %% ../../../nbs/scale/benchmarks/cli.ipynb #8c3f5a02
+def _temperature(text: str) -> float | None:
+    "A number that is not negative, whole ones as int; `none` leaves it to the endpoint."
+    if text == 'none': return None
+    value = float(text)
+    if not 0 <= value < float('inf'): raise ValueError(f'{text} is no temperature')
+    return int(value) if value.is_integer() else value
+
 # %% ../../../nbs/scale/benchmarks/cli.ipynb #3d3b00a3
 _NUMBER_OPTIONS = {
     'steps': (int, 20, 'from noise to picture'),
@@ -49,6 +57,8 @@ _NUMBER_OPTIONS = {
     'workers': (int, 4, 'questions at once'),
     'timeout': (float, 120.0, 'seconds for an answer'),
     'tries': (int, 8, 'requests a question'),
+    'judge-temperature': (_temperature, 0, 'none: not sent'),
+    'judge-max-tokens': (int, 2000, 'longest answer'),
 }
 
 # %% ../../../nbs/scale/benchmarks/cli.ipynb #dab957f9
@@ -79,13 +89,19 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     for name, (kind, value, text) in _NUMBER_OPTIONS.items():
         text = text if value is None else f'{text} (default: {value})'.strip()
         p.add_argument('--' + name, type=kind, default=value, help=text)
+    names = ('max_tokens', 'max_completion_tokens')
+    p.add_argument('--judge-tokens-name', choices=names, default=names[0], help='what the endpoint calls the limit')
     p.add_argument('--only', choices=('draw', 'score'), help='draw now and score later, or the other half')
     return p
 
 # %% ../../../nbs/scale/benchmarks/cli.ipynb #7cdbcb0e
 _COMMON = {'benchmark', 'model', 'out', 'device', 'limit'}
 _DRAWN = {'prompts', 'steps', 'guidance', 'seed', 'batch_size', 'only'}
-_JUDGED = {'judge_url', 'judge_model', 'judge_local', 'key_env', 'workers', 'timeout', 'tries'}
+_ENDPOINT = {
+    'judge_url', 'judge_model', 'key_env', 'timeout', 'tries',
+    'judge_temperature', 'judge_max_tokens', 'judge_tokens_name',
+}
+_JUDGED = _ENDPOINT | {'judge_local', 'workers'}
 _READS = {
     'geneval': _COMMON | _DRAWN | {'detector', 'clip'},
     'wise': _COMMON | _DRAWN | _JUDGED | {'rubric'},
@@ -103,13 +119,17 @@ def _options(names) -> list[str]:
 def _check_options(parser, args):
     "An option that the benchmark does not read is a mistake, and so are two judges."
     reads = _READS[args.benchmark]
-    extra = [n for n, v in vars(args).items() if v != parser.get_default(n) and n not in reads]
+    given = [n for n, v in vars(args).items() if v != parser.get_default(n)]
+    extra = [n for n in given if n not in reads]
     if extra:
         raise ValueError(
             f'{args.benchmark} has no use for {", ".join(_options(extra))}; '
             f'it reads {" ".join(sorted(_options(reads - {"benchmark"})))}.'
         )
     if args.judge_local and args.judge_url: raise ValueError('one judge: --judge-url or --judge-local.')
+    endpoint = [n for n in given if n in _ENDPOINT]
+    if args.judge_local and endpoint:
+        raise ValueError(f'--judge-local has no use for {", ".join(_options(endpoint))}.')
 
 # %% ../../../nbs/scale/benchmarks/cli.ipynb #3323acd7
 def _require(args, *names: str):
@@ -126,7 +146,10 @@ def _judge(args):
         return GenEvalJudge(args.detector, args.clip, load_geneval(args.prompts)[1], args.device)
     if args.judge_local: return LocalJudge(args.judge_local, args.device)
     _require(args, 'judge_url', 'judge_model')
-    return EndpointJudge(args.judge_url, args.judge_model, args.key_env, args.timeout, args.tries)
+    return EndpointJudge(
+        args.judge_url, args.judge_model, args.key_env, args.timeout, args.tries,
+        temperature=args.judge_temperature, max_tokens=args.judge_max_tokens, tokens_name=args.judge_tokens_name,
+    )
 
 # %% ../../../nbs/scale/benchmarks/cli.ipynb #ce99ef9c
 def the_device(args):

@@ -7,14 +7,15 @@ __all__ = ['IMGEDIT_TYPES', 'load_imgedit', 'parse_imgedit', 'imgedit_result', '
 
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #94d41dd3
 import json
-import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from ...core import one_of
+from ...images import read_image, squared
 import numpy as np
 from fastcore.meta import delegates
 from ...evaluation.metrics import bootstrap_tasks
+from .answers import grades_in_order, named_grade
 from .judges import JudgeQuestion
 from spar.scale.benchmarks.run import (
     draw_and_judge, drawn_protocol, first_of_each, JudgedBenchmark, prompt_file, scored_picture, Wanted,
@@ -36,14 +37,18 @@ def load_imgedit(folder, limit: int | None = None, known: dict | None = None) ->
     return first_of_each(items, lambda r: r['kind'], limit), rubrics
 
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #37a8da10
-_GRADE = r'\W*([A-Za-z][^:：]*)[:：][\W_]*([1-5])(?:\.0+)?(?:\s*(?:/|out of)\s*5)?[\W_]*'
+_PHYSICAL = r'physical[\s_]*(?:&|and)[\s_]*detail[\s_]*(?:integrity|coherence|fidelity)'
+_IMGEDIT_NAMES = (
+    r'(?:(?:prompt|instruction)[\s_]*compliance|(?:style|action)[\s_]*fidelity|object[\s_]*identity)',
+    r'(?:visual[\s_]*(?:naturalness|seamlessness)|(?:content|identity)[\s_]*preservation|mask[\s_]*precision)',
+    rf'(?:{_PHYSICAL}|physical[\s_]*consistency(?:[\s_]*(?:&|and)[\s_]*fine[\s_]*detail)?'
+    r'|(?:rendering|visual)[\s_]*quality|visual[\s_]*(?:&|and)[\s_]*anatomical[\s_]*coherence)',
+)
 
 def parse_imgedit(text: str) -> list | None:   # three grades, as given
-    "Three lines `name: grade` with grades 1..5, or None."
-    matches = [re.fullmatch(_GRADE, line.strip()) for line in text.splitlines()]
-    matches = [m for m in matches if m and 'reasoning' not in m[1].lower()]
-    grades = [int(m[2]) for m in matches]
-    return grades if len(grades) == 3 else None
+    "Three grades of 1..5 behind the names of the judge's instructions, else behind three other names, or None."
+    grades = [named_grade(text, name, 1, 5) for name in _IMGEDIT_NAMES]
+    return grades_in_order(text, 1, 5) if None in grades else grades
 
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #b5fbc9d3
 def imgedit_result(items: list, scores: dict, seed: int = 0) -> dict:
@@ -81,13 +86,16 @@ def _check_sources(folder, names: list[str]):
 def _imgedit_messages(item: dict, rubric: str, source, result) -> list:
     "The conversation about one edit."
     text = dict(type='text', text=rubric.replace('<edit_prompt>', item['prompt']))
-    pictures = [dict(type='image', image=scored_picture(path)) for path in (source, result)]
+    before, after = read_image(source).image, scored_picture(result)
+    if after.width == after.height: before = squared(before, after.width).image
+    pictures = [dict(type='image', image=image) for image in (before, after)]
     return [dict(role='user', content=[text, *pictures])]
 
+# %% ../../../nbs/scale/benchmarks/imgedit.ipynb #a4e17c01
 def _imgedit_benchmark(items: list, rubrics: dict, sources, out, **facts) -> JudgedBenchmark:
     "What ImgEdit draws and asks."
     files = ('imgedit/basic_edit.json', 'imgedit/prompts.json')
-    aggregation = 'mean of types; grades 2 and 3 not above 1'
+    aggregation = 'mean of types; grades 2 and 3 not above 1; the source in the crop of the result'
     facts = drawn_protocol('imgedit-basic', files, len(items), aggregation=aggregation, **facts)
     wanted, questions = [], []
     for n, i in enumerate(items):

@@ -13,9 +13,11 @@ import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from ...images import read_image
 import numpy as np
+from .answers import answer_text
 from .judges import JudgeQuestion, Reply
-from .run import judge_benchmark, JudgedBenchmark, published_protocol, scored_picture
+from .run import judge_benchmark, JudgedBenchmark, published_protocol
 
 # %% ../../../nbs/scale/benchmarks/mmvp.ipynb #633ec18c
 def _mmvp_item(folder, row: dict) -> dict:
@@ -40,12 +42,82 @@ def load_mmvp(folder, limit: int | None = None) -> tuple[list[dict], str]:    # 
     return items[:limit and 2 * limit], hashlib.sha256(path.read_bytes()).hexdigest()
 
 # %% ../../../nbs/scale/benchmarks/mmvp.ipynb #e407a2be
-def parse_letter(text: str) -> str | None:
-    "The option that an answer names: its first letter a or b that stands alone."
-    text = text.strip().lower().removeprefix('the answer is').strip()
-    letter = re.search(r'(?<![a-z0-9])\(?([ab])\)?(?![a-z0-9])', text)
-    return letter[1] if letter else None
+_LETTER = re.compile(
+    r"(?<![A-Za-zÀ-ɏ0-9])(?<![A-Za-z0-9][-/&'’@])(?<!\b[A-Za-z]\.)[ab](?![A-Za-zÀ-ɏ0-9]|[-/&'’@]\w|\.m\b)", re.I,
+)
+_NO_NOUNS = set(
+    'is was are isn because since as and or but not seems looks appears shows matches fits describes has would should '
+    'must can cannot does doesn the this that it there i we he she they in on at for b'.split()
+)
+_ASKED = re.compile(r'(?:option|choice|letter|answer(?:\s+is)?|choose|pick|select|say|答案)[^\w\n]*$|[.:!?]\s*$', re.I)
+_NEXT_WORD = re.compile(r'(?:[ \t]+|[ \t]*\n[ \t]*(?=[a-z]))[("\'*_“‘\[]*([A-Za-z0-9]+)')
 
+def _is_article(letter: str, before: str, after: str) -> bool:
+    "Whether an a is the article: a noun follows, or the text was cut behind it."
+    if letter in 'bB': return False
+    if word := _NEXT_WORD.match(after):
+        return word[1].lower() not in _NO_NOUNS and not re.search(r'(?:option|choice|letter)\s*$', before, re.I)
+    ends = letter == 'a' and re.match(r'[ \t]*(?:\n|$)', after)
+    return bool(ends and re.search(r'\w[^\n]*$', before) and not _ASKED.search(before))
+
+# %% ../../../nbs/scale/benchmarks/mmvp.ipynb #5b1f0c22
+_REJECTED_BEFORE = re.compile(
+    r"(?:\b(?:not|cannot|can't|never|neither|nor|unlike|rather than|instead of)|n['’]t|\brul\w+ out|\beliminat\w+"
+    r"|\bexclud\w+|\breject\w*|\bdiscard\w*)(?:\s+(?:be|is|the|option|choice|answer|letter|choose|pick|for))*"
+    r"""[\s("'*_\[{【「]*$""", re.I,
+)
+_REJECTED_AFTER = re.compile(
+    r"""[)\]}】」*_"'”’`]*\s*(?:(?:is|are|was|seems?|looks?|appears?|would be|must be|can be|do(?:es)?"""
+    r"|can?|could|would)\s*(?:both|clearly|definitely|obviously|certainly|simply|also|just)?\s*(?:n['’]t\b|not\b"
+    r"|wrong\b|incorrect\b|false\b|ruled out\b|excluded\b|eliminated\b|impossible\b|unlikely\b)|cannot\b)", re.I,
+)
+
+# %% ../../../nbs/scale/benchmarks/mmvp.ipynb #5b1f0c28
+_JOINED = re.compile(
+    r"""[)\]}】」*_"'”’`]*\s*(?:,?\s*(?:and|or|nor|&)|/)\s*(?:option|choice|answer)?[\s("'*_\[{【「“‘`]*""", re.I,
+)
+
+def _standing_letters(text: str) -> list:
+    "Matches of the letters that name an option and are neither rejected nor joined with the other one."
+    cut = lambda m: (text[:m.start()], text[m.end():])
+    found = [m for m in _LETTER.finditer(text) if not _is_article(m[0], *cut(m))]
+    joined = set()
+    for m, other in zip(found, found[1:]):
+        between = text[m.end():other.start()]
+        if m[0].lower() != other[0].lower() and _JOINED.fullmatch(between): joined |= {m, other}
+    rejected = lambda before, after: _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(after)
+    return [m for m in found if m not in joined and not rejected(*cut(m))]
+
+# %% ../../../nbs/scale/benchmarks/mmvp.ipynb #5b1f0c24
+_STATED = re.compile(
+    r"(?:\banswer|\b(?:correct|right|best) (?:option|choice|one|letter)|\b(?:choose|pick|select)|boxed|答案"
+    r"|\b(?:so|therefore|thus|hence)\b[\s,:]*(?:it is|it's|i (?:choose|pick|say))?)"
+    r"\W*(?:(?:is|would be|should be|must be|=|是|text)\b)?[^\w.;!?]*(?:(?:option|choice|letter)\b)?[^\w.;!?]*$", re.I,
+)
+
+def _states(text: str, m) -> bool:
+    "Whether a letter is said to be the answer, or begins the text and a reason follows."
+    before, after = text[:m.start()], text[m.end():]
+    right = re.match(r'\W*is (?:the )?(?:correct|right|best)\b', after, re.I)
+    reason = re.match(r'\W*(?:because|since|as)\b', after, re.I) and not re.search(r'\w', before)
+    return bool(_STATED.search(before) or right or reason)
+
+def _alone(text: str, m) -> bool:
+    "Whether a letter has a line of its own."
+    line = text[:m.start()].rpartition('\n')[2] + text[m.end():].partition('\n')[0]
+    return not re.search(r'\w', line)
+
+# %% ../../../nbs/scale/benchmarks/mmvp.ipynb #5b1f0c29
+def parse_letter(text: str) -> str | None:
+    "The option, a or b, that an answer names; None if it names none or both. Text before `</think>` does not count."
+    text = answer_text(text)
+    found = _standing_letters(text)
+    for chosen in ([m for m in found if _states(text, m)], [m for m in found if _alone(text, m)], found):
+        letters = {m[0].lower() for m in chosen}
+        if letters: return letters.pop() if len(letters) == 1 else None
+    return None
+
+# %% ../../../nbs/scale/benchmarks/mmvp.ipynb #5b1f0c26
 def mmvp_result(items: list, answers: dict) -> dict:
     "Both numbers; an answer without a letter is wrong."
     right = [answers[i['id']] == i['answer'] for i in items]
@@ -70,7 +142,7 @@ MMVP_ASK = '{question}\n{options}\nAnswer with the letter of the right option on
 
 def _mmvp_messages(item: dict) -> list:
     "The conversation about one picture."
-    picture = dict(type='image', image=scored_picture(item['image']))
+    picture = dict(type='image', image=read_image(item['image']).image)
     return [dict(role='user', content=[picture, dict(type='text', text=MMVP_ASK.format(**item))])]
 
 # %% ../../../nbs/scale/benchmarks/mmvp.ipynb #24cc213e
@@ -87,7 +159,7 @@ def run_mmvp(
     items, sha = load_mmvp(folder, limit)
     facts = published_protocol(
         'mmvp', files={'Questions.csv': sha}, questions=len(items), ask=MMVP_ASK,
-        judge='letter of the answer', aggregation='per question and per pair',
+        judge='letter of the answer, no article and no rejected letter', aggregation='per question and per pair',
     )
     questions = [JudgeQuestion(i['id'], partial(_mmvp_messages, i)) for i in items]
     benchmark = JudgedBenchmark(facts, questions, parse_letter, partial(mmvp_result, items))

@@ -11,18 +11,19 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from ...core import pick_device, to_uint8, to_unit
+from ...images import read_image
 import numpy as np
 import torch
 from PIL import Image
 from ...backbones.perceptual import PerceptualVGG, trusted_tensors
 from ...evaluation.metrics import clean, fid, psnr, ssims
 from .judges import versions
-from .run import open_run, published_protocol, write_result, written
+from .run import all_finite, open_run, published_protocol, write_result, written
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #57894864
 def _picture_files(folder, limit: int | None = None) -> list[str]:
     "Names of all pictures below a folder, sorted; the first `limit`."
-    ends = {'.jpeg', '.jpg', '.png', '.webp', '.bmp'}
+    ends = {'.jpeg', '.jpg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.pgm', '.avif'}
     paths = [p for p in Path(folder).rglob('*') if p.suffix.lower() in ends]
     names = sorted(p.relative_to(folder).as_posix() for p in paths if p.is_file())
     if not names:
@@ -32,7 +33,7 @@ def _picture_files(folder, limit: int | None = None) -> list[str]:
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #2a606626
 def _read_square(path, side: int) -> np.ndarray:    # uint8 [side, side, 3]
     "Shorter side to `side` with bicubic, centre crop."
-    with Image.open(path) as im: im = im.convert('RGB')
+    im = read_image(path).image
     scale = side / min(im.size)
     size = [max(side, round(n * scale)) for n in im.size]
     im = im.resize(size, Image.BICUBIC)
@@ -40,11 +41,11 @@ def _read_square(path, side: int) -> np.ndarray:    # uint8 [side, side, 3]
     return np.asarray(im.crop((x, y, x + side, y + side)))
 
 def _batches(files: list, folder, side: int, batch_size: int):
-    "uint8 [B, 3, side, side] of consecutive files."
+    "Names and uint8 [B, 3, side, side] of consecutive files."
     for i in range(0, len(files), batch_size):
         part = files[i:i + batch_size]
         squares = [_read_square(Path(folder)/f, side) for f in part]
-        yield torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+        yield part, torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #3aac1458
 def _inception(path) -> torch.nn.Module:
@@ -103,15 +104,18 @@ def reconstructs_at(tokenizer):      # -> callable [B, 3, S, S] -> [B, 3, S, S]
 def _reconstruct_shard(batches, reconstruct, measure, side: int, compare: int, device) -> dict:
     "Columns of the pictures of one shard."
     parts = defaultdict(list)
-    for x in batches:
+    for names, x in batches:
         x = x.to(device)
         y = reconstruct(to_unit(x))
+        all_finite(y, names, 'the reconstruction')
         if compare == side and y.shape[-1] != side:
             raise ValueError(
                 f'pictures of {side} px came back with {y.shape[-1]} px. Native comparison needs {side}: '
                 f'set the side to {y.shape[-1]}, or name another comparison side (the resized protocol).'
             )
-        for k, v in measure(x, y, compare).items(): parts[k].append(v)
+        for k, v in measure(x, y, compare).items():
+            all_finite(v[:, None], names, k)
+            parts[k].append(v)
     return {k: torch.cat(v) for k, v in parts.items()}
 
 # %% ../../../nbs/scale/benchmarks/reconstruction.ipynb #0839ee61
@@ -153,7 +157,7 @@ def _reconstruction_protocol(folder, files, side, compare, inception_weights, vg
         'reconstruction',
         pictures=len(files), listing=hashlib.sha256(listing.encode()).hexdigest(),
         side=side, compared_at=compare, kind='native' if compare == side else 'resized',
-        crop='shorter side bicubic, centre', rounding='8 bit',
+        read='upright, over white, grey of any depth to 8 bit', crop='shorter side bicubic, centre', rounding='8 bit',
         psnr='per picture, range 1', ssim='Gaussian 11x11, range 1 (and 2 in ssim_range2)',
         rfid=rfid and dict(weights=rfid, against='the same pictures', **versions('torchmetrics', 'torch-fidelity')),
         lpips=lpips and dict(net='vgg', weights=lpips, **versions('lpips')),

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['SHA256', 'published_protocol', 'prompt_file', 'first_of_each', 'drawn_protocol', 'written', 'write_result',
-           'open_run', 'Wanted', 'draw_all', 'spar_drawer', 'scored_picture', 'JudgedBenchmark', 'judge_benchmark',
-           'draw_and_judge']
+           'open_run', 'Wanted', 'draw_all', 'all_finite', 'spar_drawer', 'scored_picture', 'JudgedBenchmark',
+           'judge_benchmark', 'draw_and_judge']
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #d601ce36
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from ...core import one_of, read_json
+from ...images import read_image
+import torch
 from PIL import Image
 from ...evaluation.metrics import clean
-from .judges import answered, ask_all, Ledger, Unfinished
+from .judges import answered, ask_all, Ledger, ProtocolChanged, Unfinished
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #c7974069
 def published_protocol(
@@ -156,6 +159,16 @@ def draw_all(
             with written(Path(out)/w.path) as tmp: image.convert('RGB').save(tmp, 'PNG')
     return len(mine)
 
+# %% ../../../nbs/scale/benchmarks/run.ipynb #9d0a6b02
+def all_finite(
+    x: torch.Tensor,  # [B, ...]
+    names: list,  # of the B pictures
+    what: str,  # names them in the error
+):
+    "`ValueError` with the names of those that hold NaN or inf."
+    bad = [str(n) for n, ok in zip(names, x.isfinite().flatten(1).all(1).tolist()) if not ok]
+    if bad: raise ValueError(f'{what} of {", ".join(bad)}: NaN or inf inside. Nothing of it is written or scored.')
+
 # %% ../../../nbs/scale/benchmarks/run.ipynb #d6a6275e
 def spar_drawer(
     pipe,  # SparPipeline
@@ -171,6 +184,7 @@ def spar_drawer(
         texts = checked_texts(texts, pipe.mllm.tokenizer)
         reference = None if sources is None else pipe.pictures(sources)[0]
         images = pipe.unified.sample(texts, reference, indices=indices, precision=pipe.precision, **sampling)
+        all_finite(images, [f'number {i} ({t!r})' for i, t in zip(indices, texts)], 'the picture')
         return to_pil(images)
     return draw
 
@@ -183,7 +197,7 @@ def scored_picture(path) -> Image.Image:
     "A drawn picture, or an error that says how to get it."
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} has not been drawn yet: run without --only score first.')
-    with Image.open(path) as im: return im.convert('RGB')
+    return read_image(path).image
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #5223b07c
 @dataclass
@@ -197,16 +211,8 @@ class JudgedBenchmark:
     after_drawing: object = None    # callable (folder of the run)
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #125b1d08
-def judge_benchmark(
-    benchmark: JudgedBenchmark,
-    judge,  # callable conversation -> `Reply`
-    out,  # folder of the run
-    system: dict,
-    workers: int = 4,  # questions at once
-    rank: int = 0,
-    world: int = 1,
-) -> dict | None:  # None while other processes are at work: the last one writes
-    "Ask, collect, write result.json."
+def _judged(benchmark: JudgedBenchmark, judge, out, system: dict, workers: int, rank: int, world: int) -> dict | None:
+    "Ask, collect, write result.json; None while other processes are at work."
     out = open_run(Path(out)/benchmark.facts['id'], system, benchmark.facts)
     ledger = Ledger(out, rank)
     try:
@@ -219,6 +225,32 @@ def judge_benchmark(
     full = clean(benchmark.result(scores) | report) | dict(protocol=benchmark.facts, system=system)
     write_result(out/'result.json', full)
     return full
+
+# %% ../../../nbs/scale/benchmarks/run.ipynb #7b2e4f02
+def _now_judged_by(facts: dict, judge) -> dict:
+    "The facts of a protocol with the judge's facts as they are now."
+    part = 'judge' if isinstance(facts.get('judge'), dict) else 'answerer'
+    return published_protocol(**{k: v for k, v in facts.items() if k != 'id'} | {part: judge.facts})
+
+# %% ../../../nbs/scale/benchmarks/run.ipynb #7b2e4f03
+def judge_benchmark(
+    benchmark: JudgedBenchmark,
+    judge,  # callable conversation -> `Reply`
+    out,  # folder of the run
+    system: dict,
+    workers: int = 4,  # questions at once
+    rank: int = 0,
+    world: int = 1,
+) -> dict | None:  # None while other processes are at work: the last one writes
+    "Ask, collect, write result.json; under another id if the endpoint does not take the judge's temperature."
+    note = Path(out)/benchmark.facts['id']/'temperature-not-taken'
+    if not note.is_file():
+        try: return _judged(benchmark, judge, out, system, workers, rank, world)
+        except ProtocolChanged: note.touch()
+    else: judge.do_without('temperature')
+    benchmark = replace(benchmark, facts=_now_judged_by(benchmark.facts, judge))
+    print(f'The protocol is now {benchmark.facts["id"]}.', file=sys.stderr)
+    return _judged(benchmark, judge, out, system, workers, rank, world)
 
 # %% ../../../nbs/scale/benchmarks/run.ipynb #2331c9da
 def draw_and_judge(

@@ -10,13 +10,13 @@ __all__ = ['WISE_FILES', 'WISE_RANGES', 'WISE_SHARES', 'wise_kind', 'load_wise',
 import ast
 import hashlib
 import json
-import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 import numpy as np
 from fastcore.meta import delegates
 from ...evaluation.metrics import bootstrap_tasks
+from .answers import named_grade
 from .judges import JudgeQuestion
 from spar.scale.benchmarks.run import (
     draw_and_judge, drawn_protocol, first_of_each, JudgedBenchmark, prompt_file, scored_picture, Wanted,
@@ -91,17 +91,12 @@ def wise_rubric(
     return system, users[-1], name
 
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #b863099e
+_WISE_NAMES = ('consistency', 'realism', r'aesthetics?(?:[\s_]*quality)?')
+
 def parse_wise(text: str) -> list | None:   # [consistency, realism, aesthetics]
     "Three grades of 0..2, or None."
-    value = r'[*_`"\s]*(?:\(\s*0\s*[-–]\s*2\s*\))?[*_`"\s]*[:：=–-]?[*_`"\s]*(\d+(?:\.\d+)?)(?![\d-])'
-    out = []
-    for label in ('consistency', 'realism', r'aesthetics?(?:\s+quality)?'):
-        grades = {float(f) for f in re.findall(label + value, text, re.I)}
-        if len(grades) != 1: return None
-        grade = grades.pop()
-        if grade > 2 or grade != int(grade): return None
-        out.append(int(grade))
-    return out
+    grades = [named_grade(text, name, 0, 2) for name in _WISE_NAMES]
+    return None if None in grades else grades
 
 # %% ../../../nbs/scale/benchmarks/wise.ipynb #5e04f690
 def wiscore(c: float, r: float, a: float) -> float:
