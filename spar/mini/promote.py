@@ -35,6 +35,6 @@ def folder_size(path) -> int:
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
 def gather(folder, sizes: dict) -> dict:
-    "One table of what every base reached: the JSON files of `folder` by name, and sizes in bytes."
-    files = sorted(Path(folder).glob('*.json'))
+    "One table of what every base reached: the metrics files of `folder` by name, and sizes in bytes."
+    files = sorted(f for f in Path(folder).glob('*.json') if f.name != 'run.json')      # times and machines are no result
     return dict({f.stem: read_json(f) for f in files}, bytes=sizes)
