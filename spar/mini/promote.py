@@ -36,5 +36,6 @@ def folder_size(path) -> int:
 
 def gather(folder, sizes: dict) -> dict:
     "One table of what every base reached: the metrics files of `folder` by name, and sizes in bytes."
-    files = sorted(f for f in Path(folder).glob('*.json') if f.name != 'run.json')      # times and machines are no result
+    # run.json holds times and machines, which are no result
+    files = sorted(f for f in Path(folder).glob('*.json') if f.name != 'run.json')
     return dict({f.stem: read_json(f) for f in files}, bytes=sizes)
