@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'unknown_key', 'one_of', 'Config', 'seed_for', 'rng', 'normal', 'uniform', 'pick_device', 'has_fast_bf16',
-           'pick_precision', 'autocast', 'is_first', 'atomic_path', 'write_json', 'read_json', 'write_config',
-           'read_config', 'file_hash', 'provenance', 'repository', 'to_unit', 'to_uint8', 'n_params', 'freeze']
+           'pick_precision', 'autocast', 'is_first', 'recover', 'atomic_path', 'write_json', 'read_json',
+           'write_config', 'read_config', 'file_hash', 'provenance', 'repository', 'to_unit', 'to_uint8', 'n_params',
+           'freeze']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
 import contextlib
+import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -18,6 +21,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import threading
 import time
 import typing
 from dataclasses import fields
@@ -156,27 +161,65 @@ def _remove(path: Path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
+def _sync(path: Path):
+    "Wait until a file, or the list of names in a folder, is on the disk and not only in the system's memory."
+    if os.name == 'nt': return
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+def _sync_all(path: Path):
+    "The same for a folder with everything in it."
+    for p in sorted(path.rglob('*')) if path.is_dir() else []:
+        if not p.is_symlink(): _sync(p)
+    _sync(path)
+
+# %% ../nbs/01_core.ipynb #a3a9028a
+def _exchange(a: Path, b: Path) -> bool:
+    "Give `a` the name of `b` and the reverse in one step; False where the system or the file system cannot."
+    system, swap = ctypes.CDLL(None, use_errno=True), 2      # RENAME_EXCHANGE, RENAME_SWAP
+    names = os.fsencode(a), os.fsencode(b)
+    if hasattr(system, 'renamex_np'): return system.renamex_np(*names, swap) == 0
+    if not hasattr(system, 'renameat2'): return False
+    here = -100                                              # AT_FDCWD
+    return system.renameat2(here, names[0], here, names[1], swap) == 0
+
+def _waiting(path: Path) -> Path: return path.with_name(f'.{path.name}.old')
+
+def recover(path):
+    "Where a folder was being replaced when the machine stopped, give it its name back."
+    path, old = Path(path), _waiting(Path(path))
+    if not path.exists() and old.is_dir(): old.rename(path)
+
+# %% ../nbs/01_core.ipynb #dff52bb9
 def _put(tmp: Path, path: Path):
-    "Rename `tmp` to `path`. A folder cannot replace a folder in one step: the old one is moved aside first."
-    if not (tmp.is_dir() and path.exists()):
-        tmp.replace(path)
-        return
-    old = path.with_name(f'.{path.name}.{os.getpid()}.old')
-    _remove(old)
-    path.rename(old)
-    tmp.rename(path)
-    _remove(old)
+    """Rename `tmp` to `path`, whatever was there before; at every instant one of the two has the name.
+
+    Another writer may come in between: then the last one wins."""
+    _sync_all(tmp)
+    try: os.replace(tmp, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not tmp.is_dir(): raise
+        if not _exchange(tmp, path):
+            _remove(_waiting(path))
+            os.rename(path, _waiting(path))
+            os.rename(tmp, path)
+            _remove(_waiting(path))
+    _sync(path.parent)
 
 # %% ../nbs/01_core.ipynb #c03a6a8f
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary sibling of `path`: write a file or make a folder there.
 
-    On success it is renamed to `path`; on failure, and in all processes but the first, it is removed."""
+    On success it is on the disk and renamed to `path`; on failure, and in all processes but the first, it is removed.
+    Stopped at any instant, `path` is what it was or what it should become."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.{os.environ.get("RANK", 0)}.tmp')
+    writer = f'{os.getpid()}.{threading.get_ident()}.{os.environ.get("RANK", 0)}'
+    tmp = path.with_name(f'.{path.name}.{writer}.tmp')
     _remove(tmp)
+    if is_first(): recover(path)
     try:
         yield tmp
         if is_first(): _put(tmp, path)
@@ -191,6 +234,7 @@ def write_json(path, obj):
 def read_json(path):
     "The JSON at `path`; a missing or damaged file is an error that names it."
     path = Path(path)
+    recover(path.parent)
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing. It is written by an earlier stage: run `dvc repro`.')
     try: return json.loads(path.read_text())

@@ -40,6 +40,7 @@ class Objective(nn.Module):
 _CHOICES = dict(
     tracker=('none', 'dvclive', 'tensorboard', 'wandb'), optimizer=('adamw', 'muon'),
     precision=('auto', 'bf16', 'no'), attention=('auto', 'sdpa', 'eager'),
+    on_mismatch=('aside', 'error', 'continue'),
 )
 
 # %% ../../nbs/training/objective.ipynb #6f8dfe4b
@@ -61,6 +62,10 @@ class TrainConfig(Config):
     workers: int = 0              # processes that prepare samples
     log_every: int = 20
     save_every: int = 200
+    keep_last: int = 1            # newest checkpoints that stay
+    keep_every: int = 0           # checkpoints at multiples of this step stay too; 0: none
+    on_mismatch: str = 'aside'    # aside | error | continue: a checkpoint of another configuration (checkpoints.ipynb)
+    skip_nonfinite: int = 0       # steps in a row that may be left out because a number is not finite; 0: stop at once
     look_every: int = 0           # 0: only at the end
     minutes: float = 0.           # >0: end the chunk after so many minutes, to be continued
     tracker: str = 'none'         # none | dvclive | tensorboard | wandb: accelerate's trackers
