@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 SHELL  := bash
 
-.PHONY: help install repro test test-slow release bases clean
+.PHONY: help install repro test test-slow release uncontinued bases clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -34,7 +34,10 @@ test: install    ## notebooks clean and in sync, nbdev_test, pytest
 test-slow: install   ## what takes longer: stages on two processes, killed and continued
 	tests/check.sh slow
 
-release: test test-slow   ## the same, and every stage of the lock up to date
+uncontinued:      # numbers of a training that went on from another configuration's weights (SPAR_ON_MISMATCH=continue) are not released
+	@python3 -c 'import json, pathlib, sys; sys.exit("\n".join("%s: %s was continued from another configuration: %s" % (p, n, r["continued"]) for p in pathlib.Path("metrics").glob("*/run.json") for n, r in json.loads(p.read_text()).items() if r.get("continued")) or 0)'
+
+release: test test-slow uncontinued   ## the same, and every stage of the lock up to date
 	@stale=$$(dvc status -q dvc.yaml || echo stale); [ -z "$$stale" ] || { echo 'The lock is not in sync: run `dvc repro` and commit.'; dvc status dvc.yaml; exit 1; }
 	@test -z "$$(git status --porcelain)" || { echo 'Uncommitted changes.'; exit 1; }
 

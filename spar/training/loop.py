@@ -249,6 +249,6 @@ def _train(r: Run, dataset, seed: int, look, noted: list):
     with tqdm(total=cfg.steps, initial=r.step, desc=folder.name, mininterval=2, disable=quiet) as bar:
         while r.step < cfg.steps and not late:
             _note(r, _step(r, batches, micros, seed), bar)
+            _evaluate(r, look)       # before the checkpoint: a run that is killed here does it again
             late = _must_stop(r, began, noted)
             if r.step % cfg.save_every == 0 or r.step == cfg.steps or late: r.save()
-            _evaluate(r, look)

@@ -7,9 +7,10 @@ __all__ = ['Stage', 'save_curves', 'final_terms']
 
 # %% ../../nbs/training/stage.ipynb #08345f56
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import Config, pick_device
+from ..core import atomic_path, Config, is_first, pick_device
 import torch
 from fastcore.basics import patch
 from ..figures import save_figure
@@ -62,6 +63,20 @@ def parts(
     plain = {k: v.to_dict() if isinstance(v, Config) else v for k, v in settings.items()}
     return stage_parts(plain, import_closure(self.notebook), inputs, '\n'.join(cells))
 
+# %% ../../nbs/training/stage.ipynb #25abeb44
+def _copied(source: Path, target: Path, again: bool):
+    "Copy the files of a folder, those that are there already only `again`; in the first process alone."
+    for p in sorted(source.glob('*')) if is_first() else []:
+        if p.is_file() and (again or not (target/p.name).exists()):
+            with atomic_path(target/p.name) as tmp: shutil.copyfile(p, tmp)
+
+def _lasting(look, kept: Path):
+    "A callback like `look` whose files, in `look.folder`, are copied to `kept` each time."
+    def called(objective, step: int):
+        look(objective, step)
+        _copied(Path(look.folder), kept, again=True)
+    return called
+
 # %% ../../nbs/training/stage.ipynb #f6894af5
 @patch
 def fit(
@@ -72,11 +87,14 @@ def fit(
     seed: int,
     settings: dict,  # of the parts
     inputs: list,  # of the parts
-    look=None,  # look(objective, step): called now and then, see `TrainConfig.look_every`
+    look=None,  # look(objective, step): called now and then, see `TrainConfig.look_every`; may have a `folder`
     part: str = '',  # a second training of the same stage keeps its checkpoint in a folder of this name
 ) -> History:
     "Train, or continue where a checkpoint of exactly this stage ends; an error if the last step was not reached."
-    history = train_loop(objective, data, train, seed, self.run/part, self.parts(settings, inputs), look)
+    run, drawing = self.run/part, hasattr(look, 'folder')
+    called = _lasting(look, run/'checkpoints/plots') if drawing else look
+    history = train_loop(objective, data, train, seed, run, self.parts(settings, inputs), called)
+    if drawing: _copied(run/'checkpoints/plots', Path(look.folder), again=False)
     if not history.finished:
         why = f'paused at step {history.step} of {train.steps} (train.minutes, or a signal)'
         raise RuntimeError(f'{why}: run the stage again, it continues.')
