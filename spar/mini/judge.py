@@ -9,7 +9,7 @@ __all__ = ['Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'Judge'
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, one_of, read_json, write_json
+from ..core import atomic_path, Config, freeze, one_of, PositiveInt, read_json, write_json
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
@@ -42,13 +42,13 @@ class Ground:
 @dataclass
 class JudgeConfig(Config):
     "Sizes and vocabulary of the detector; the vocabulary is saved with the weights."
-    objects: tuple = ()      # names, in the order of the output
-    colours: tuple = ()
-    textures: tuple = ()
-    styles: tuple = ()
-    width: int = 32          # channels at half resolution
-    side: int = 64           # pictures are resized to this
-    stride: int = 4          # pixels a cell of the heatmap
+    objects: tuple[str, ...] = ()  # names, in the order of the output
+    colours: tuple[str, ...] = ()
+    textures: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    width: PositiveInt = 32        # channels at half resolution
+    side: PositiveInt = 64         # pictures are resized to this
+    stride: PositiveInt = 4        # pixels a cell of the heatmap
 
     @classmethod
     def of_world(

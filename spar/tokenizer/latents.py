@@ -7,7 +7,7 @@ __all__ = ['LatentStats', 'latent_pairs', 'channel_correlation', 'latent_correla
 
 # %% ../../nbs/method/03_latents.ipynb #ddb2c7fe
 from dataclasses import dataclass, field
-from ..core import Config
+from ..core import Config, FiniteFloat, PositiveFloat
 import torch
 from torch import nn
 
@@ -15,12 +15,12 @@ from torch import nn
 @dataclass
 class LatentStats(Config):
     "Per-channel moments, each a list of D_p numbers; empty until `Tokenizer.measure` filled them."
-    mu_f: list = field(default_factory=list)      # mean of z_f
-    sigma_f: list = field(default_factory=list)   # standard deviation of z_f
-    mu_dc: list = field(default_factory=list)     # the same of the DC-AE's own latent
-    sigma_dc: list = field(default_factory=list)
-    m: list = field(default_factory=list)         # the DiT's native latent is s (z_dc - m)
-    s: list = field(default_factory=list)
+    mu_f: list[FiniteFloat] = field(default_factory=list)       # mean of z_f
+    sigma_f: list[PositiveFloat] = field(default_factory=list)  # standard deviation of z_f
+    mu_dc: list[FiniteFloat] = field(default_factory=list)      # the same of the DC-AE's own latent
+    sigma_dc: list[PositiveFloat] = field(default_factory=list)
+    m: list[FiniteFloat] = field(default_factory=list)          # the DiT's native latent is s (z_dc - m)
+    s: list[PositiveFloat] = field(default_factory=list)
 
 # %% ../../nbs/method/03_latents.ipynb #5b491b1e
 @torch.no_grad()

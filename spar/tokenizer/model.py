@@ -9,7 +9,8 @@ __all__ = ['TokenizerConfig', 'Encoded', 'load_tensors', 'load_exactly', 'Tokeni
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, is_first, read_config, write_config
+from typing import Any
+from ..core import atomic_path, Config, freeze, is_first, PositiveInt, read_config, write_config
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
@@ -25,8 +26,8 @@ from .streams import DualStream, own_seed, StreamsConfig, to_grid
 class TokenizerConfig(Config):
     "All that is needed to rebuild a tokenizer, given the MLLM."
     streams: StreamsConfig = field(default_factory=StreamsConfig)
-    decoder: dict = field(default_factory=dict)   # configuration of the AutoencoderDC whose second half decodes
-    side: int = 448                               # pixels, the encoder's input
+    decoder: dict[str, Any] = field(default_factory=dict)  # of the AutoencoderDC whose second half decodes
+    side: PositiveInt = 448                                # pixels, the encoder's input
     stats: LatentStats = field(default_factory=LatentStats)
 
 # %% ../../nbs/method/04_tokenizer.ipynb #9124dbcb

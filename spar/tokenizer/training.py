@@ -8,7 +8,7 @@ __all__ = ['ReconstructionLoss', 'PixelObjective', 'TokenizerObjective', 'Autoen
 # %% ../../nbs/method/07_tokenizer_stages.ipynb #cabf2afc
 import copy
 from dataclasses import dataclass
-from ..core import Config, freeze, one_of, to_uint8
+from ..core import Config, freeze, NonNegativeFloat, one_of, PositiveInt, Share, to_uint8
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -41,18 +41,18 @@ class ReconstructionLoss(Config):
     train_encoder: bool = False
     train_streams: bool = True
     train_decoder: bool = False
-    mse: float = 1.0          # pixels
-    lpips: float = 1.0        # perception
-    lambda_p: float = 0.0     # L_p, pixel stream to the DC-AE's latent
-    lambda_s: float = 0.0     # L_s, encoder to its untouched copy
-    anchor: str = 'mse'       # distance of L_s: 'mse' | 'cosine'
-    lambda_gan: float = 0.0   # L_GAN
-    gan_start: float = 0.3    # share of the stage after which critic and L_GAN begin
-    pixels_start: float = 0.0 # share of the stage after which pixel terms begin; before it L_p and L_s teach alone
-    lecam: float = 0.001      # LeCam regularisation of the critic
-    critic_width: int = 32    # channels of the critic's first layer
-    logits: float = 0.0       # logits of an ImageNet classifier; full scale only
-    encoder_lr: float = 0.1   # learning rate of the encoder in units of everybody else's
+    mse: NonNegativeFloat = 1.0         # pixels
+    lpips: NonNegativeFloat = 1.0       # perception
+    lambda_p: NonNegativeFloat = 0.0    # L_p, pixel stream to the DC-AE's latent
+    lambda_s: NonNegativeFloat = 0.0    # L_s, encoder to its untouched copy
+    anchor: str = 'mse'                 # distance of L_s: 'mse' | 'cosine'
+    lambda_gan: NonNegativeFloat = 0.0  # L_GAN
+    gan_start: Share = 0.3              # share of the stage after which critic and L_GAN begin
+    pixels_start: Share = 0.0  # share of the stage after which pixel terms begin; before it L_p and L_s teach alone
+    lecam: NonNegativeFloat = 0.001     # LeCam regularisation of the critic
+    critic_width: PositiveInt = 32      # channels of the critic's first layer
+    logits: NonNegativeFloat = 0.0      # logits of an ImageNet classifier; full scale only
+    encoder_lr: NonNegativeFloat = 0.1  # learning rate of the encoder in units of everybody else's
 
     def __post_init__(self): _check_terms(self)
 

@@ -9,7 +9,7 @@ __all__ = ['ConditionConfig', 'instruction', 'Sequence', 'sequence', 'Connector'
 import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from ..core import Config, freeze, normal
+from ..core import Config, freeze, normal, PositiveInt
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -21,11 +21,11 @@ from .routing import Routing, RoutingConfig, shares
 @dataclass
 class ConditionConfig(Config):
     "Sizes and switches between the language model and the transformer."
-    queries: int = 16              # Q (256 at full scale)
-    layers: int = 2                # n, layers copied into the connector (6 at full scale)
+    queries: PositiveInt = 16  # Q (256 at full scale)
+    layers: PositiveInt = 2    # n, layers copied into the connector (6 at full scale)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
-    reinject: bool = True          # overwrite the reference's positions by its own features after routing
-    checkpoint: bool = False       # recompute activations of the language model in the backward pass
+    reinject: bool = True      # overwrite the reference's positions by its own features after routing
+    checkpoint: bool = False   # recompute activations of the language model in the backward pass
 
 # %% ../../nbs/method/10_condition.ipynb #59e64278
 def instruction(

@@ -8,7 +8,7 @@ __all__ = ['StageConfig', 'UnifiedObjective', 'validate', 'Watch']
 # %% ../../nbs/method/14_unified_stages.ipynb #427542c0
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import Config, normal, one_of, uniform
+from ..core import Config, NonNegativeFloat, normal, one_of, uniform
 import torch
 from fastcore.basics import patch
 from ..figures import picture_grid, save_figure
@@ -51,9 +51,9 @@ def set_stage(self: Unified, stage: str) -> dict:
 @dataclass
 class StageConfig(Config):
     "What a training stage of the unified model sets."
-    stage: str = 'connector'        # connector | joint | sft
-    lambda_a: float = 0.5           # weight of L_align in stages II and III
-    lr_transformer: float = 1.0     # learning rate of the transformer's body, relative to the rest
+    stage: str = 'connector'                # connector | joint | sft
+    lambda_a: NonNegativeFloat = 0.5        # weight of L_align in stages II and III
+    lr_transformer: NonNegativeFloat = 1.0  # learning rate of the transformer's body, relative to the rest
 
     def __post_init__(self): one_of(self.stage, _STAGES, 'unified stage')
 

@@ -12,7 +12,8 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from ...core import Config, file_hash, one_of, rng
+from typing import Any
+from ...core import Config, file_hash, NonNegativeInt, one_of, PositiveInt, rng, Share
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
@@ -25,23 +26,19 @@ from .sources import open_source, raw_sample, SourceConfig
 @dataclass
 class CorpusConfig(Config):
     "What a profile says about data."
-    sources: dict = field(default_factory=dict)   # name -> SourceConfig
-    side: int = 224               # pixels
-    window: int = 2000            # rows of a partition that are mixed
-    slots: int = 0                # partitions within a unit, a divisor of it; 0: the largest power of two up to 64
-    groups: int = 8               # units until a partition comes again; a multiple of the number of workers
-    min_side: int = 0             # pixels; smaller pictures count as broken
-    max_broken: float = 0.05      # share of broken samples that stops the run
-    exclude: list = field(default_factory=list)   # prompt files of evaluation sets
-    match: str = 'exact'          # exact | contains
-    max_words: int = 0            # texts are cut off there; 0: never
-    log: str = ''                 # file that gets a line for each broken or excluded sample
+    sources: dict[str, Any] = field(default_factory=dict)  # name -> SourceConfig
+    side: PositiveInt = 224                                # pixels
+    window: PositiveInt = 2000                             # rows of a partition that are mixed
+    slots: NonNegativeInt = 0  # partitions within a unit, a divisor of it; 0: the largest power of two up to 64
+    groups: PositiveInt = 8  # units until a partition comes again; a multiple of the number of workers
+    min_side: NonNegativeInt = 0                           # pixels; smaller pictures count as broken
+    max_broken: Share = 0.05                               # share of broken samples that stops the run
+    exclude: list[str] = field(default_factory=list)       # prompt files of evaluation sets
+    match: str = 'exact'                                   # exact | contains
+    max_words: NonNegativeInt = 0                          # texts are cut off there; 0: never
+    log: str = ''                                          # file that gets a line for each broken or excluded sample
     def __post_init__(self):
         one_of(self.match, ('exact', 'contains'), 'CorpusConfig.match')
-        for n in ('side', 'window', 'groups'):
-            if getattr(self, n) < 1: raise ValueError(f'CorpusConfig.{n} is {getattr(self, n)}; it must be at least 1.')
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f'CorpusConfig.max_broken is {self.max_broken}; it is a share, from 0 to 1.')
 
 # %% ../../../nbs/scale/data/corpus.ipynb #ffe39cde
 def _configs(cfg: CorpusConfig) -> dict:

@@ -16,7 +16,8 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from ...core import Config, one_of, write_json
+from typing import Any
+from ...core import Config, NonNegativeFloat, one_of, PositiveFloat, write_json
 import numpy as np
 from fastcore.basics import patch
 from webdataset.tariterators import base_plus_ext
@@ -344,20 +345,18 @@ def media(self: Shards, value, name):
 @dataclass
 class SourceConfig(Config):
     "One source of a corpus."
-    path: str = ''                # a folder
-    task: str = 'caption'         # image | caption | edit
-    kind: str = 'auto'            # auto | shards | table | folder
-    weight: float = 0.            # share of all samples; 0 beside sources with a weight leaves this one out
-    repeat: float = 1.            # passes over this source while a source of repeat 1 is read once
-    fields: dict = field(default_factory=dict)   # field -> extension, column or 'json:key', or a list of them
-    split: str = 'train'          # of a dataset with several
-    captions: str = ''            # captions file of a folder; '' finds it
+    path: str = ''                                        # a folder
+    task: str = 'caption'                                 # image | caption | edit
+    kind: str = 'auto'                                    # auto | shards | table | folder
+    weight: NonNegativeFloat = 0.  # share of all samples; 0 beside sources with a weight leaves this one out
+    repeat: PositiveFloat = 1.  # passes over this source while a source of repeat 1 is read once
+    fields: dict[str, Any] = field(default_factory=dict)  # field -> extension, column or 'json:key', or a list of them
+    split: str = 'train'                                  # of a dataset with several
+    captions: str = ''                                    # captions file of a folder; '' finds it
     def __post_init__(self):
         one_of(self.task, TASKS, 'SourceConfig.task')
         one_of(self.kind, ('auto', 'shards', 'table', 'folder'), 'SourceConfig.kind')
         for f in self.fields: one_of(f, TASKS[self.task], f'fields of a source for {self.task!r}')
-        if self.weight < 0 or self.repeat <= 0:
-            raise ValueError(f'weight {self.weight}, repeat {self.repeat}: weight must be 0 or more, repeat above 0.')
 
 # %% ../../../nbs/scale/data/sources.ipynb #7bbb8a65
 @patch
