@@ -221,7 +221,7 @@ def dying_at_call(number: int, after: bool) -> list:
     return counted
 
 
-def faults(processes: int, tree: Path) -> bool:
+def faults(processes: int, every: int, tree: Path) -> bool:
     os.environ.update(OMP_NUM_THREADS='1')
     import spar.training.loop      # noqa: F401
     log = tree/'toy'
@@ -233,15 +233,15 @@ def faults(processes: int, tree: Path) -> bool:
         return forked(work, processes, log) and (tree/'found').read_text().split()
     whole, calls = trained(tree/'whole')
     began = time.monotonic()
-    for number in range(1, int(calls) + 1):
+    for number in range(1, int(calls) + 1, every):
         for after in (False, True):
             folder = tree/f'run{number}{after}'
             assert not trained(folder, number, after), f'call {number} was not reached'
             if (found := trained(folder)[0]) != whole:
                 print(f'died {"after" if after else "before"} call {number}: OTHER BYTES')
                 return False
-    print(f'{processes} process{"es" if processes > 1 else ""}: died before and after each of {calls} calls of fsync, '
-          f'rename and exchange, always the same bytes, {time.monotonic() - began:.0f} s')
+    print(f'{processes} process{"es" if processes > 1 else ""}: died before and after {"each" if every == 1 else f"every {every}th"} of {calls} calls of '
+          f'fsync, rename and exchange, always the same bytes, {time.monotonic() - began:.0f} s')
     return True
 
 
@@ -280,10 +280,11 @@ def main(argv=None) -> int:
     p.add_argument('--stages', nargs='+', default=STAGES, choices=STAGES)
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--faults', action='store_true')
+    p.add_argument('--every', type=int, default=1, help='with --faults: at every Nth call only')
     a = p.parse_args(argv)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tree = Path(folder)
-        if a.faults: return 0 if faults(a.processes, tree) and replaced(tree) else 1
+        if a.faults: return 0 if faults(a.processes, a.every, tree) and replaced(tree) else 1
         return 0 if smoke(a.kills, a.processes, a.stages, a.seed, tree) else 1
 
 
