@@ -133,10 +133,8 @@ def kind_by_files(names: list[str]) -> str:
 # %% ../../../nbs/scale/data/files.ipynb #acfdbd43
 def _pieces(size: int) -> list[tuple[int, int]]:
     "(offset, length) of the bytes that a stamp looks at."
-    first, last = 65536, 16384
-    if size <= first + last: return [(0, size)]
-    between = [(first + i * (size - first - last) // 6, 4096) for i in range(6)]
-    return [(0, first), *between, (size - last, last)]
+    if size <= 1 << 17: return [(0, size)]
+    return [(i * (size - 4096) // 7, 4096) for i in range(8)]
 
 def stamp(path) -> list:  # [bytes, time in ns, digest]
     "What changes when a file does."
