@@ -14,6 +14,7 @@ from spar.scale.data.check import examine, world_samples, write_shards
 from spar.scale.data.cli import data_command
 from spar.scale.data.corpus import Corpus, corpus_of, Stream, TooManyBroken
 from spar.scale.data.exclude import Exclude
+from spar.scale.data.files import stamp
 from spar.scale.data.order import Blend
 from spar.scale.data.sample import as_tensor, Broken, picture, TASKS
 from spar.scale.data.sources import COUNTS, open_source, raw_sample, scan, Shards, SourceConfig, Table
@@ -280,7 +281,8 @@ def test_fit_asks_for_whole_units_when_it_accumulates(tmp_path, world):
 def test_a_damaged_or_lying_table_of_counts_changes_nothing(tmp_path):
     numbered(tmp_path, 2, 5)
     for text in ('{"000.tar": [1', '[]', '{"000.tar": "x", "001.tar": [10240, -5]}'): (tmp_path/COUNTS).write_text(text); assert len(Shards(tmp_path)) == 10
-    (tmp_path/COUNTS).write_text(json.dumps({'000.tar': [(tmp_path/'000.tar').stat().st_size, 8]})); c = corpus(tmp_path)
+    (tmp_path/COUNTS).write_text(json.dumps({'000.tar': [(tmp_path/'000.tar').stat().st_size, 8]})); assert len(Shards(tmp_path)) == 10, 'the old form'
+    (tmp_path/COUNTS).write_text(json.dumps({'000.tar': [8, *stamp(tmp_path/'000.tar')]})); c = corpus(tmp_path)
     assert len(c.sources['a']) == 13 and {nr(t) for t in texts(c, 60)} == set(range(10)) and c.counts.total()['broken'] > 0
 
 def test_a_source_switched_off_is_not_even_opened(tmp_path):
@@ -377,7 +379,7 @@ def test_the_miniature_world_from_shards_is_the_miniature_world(tmp_path, what, 
     assert sorted(map(str, c.batch(range(4)))) == sorted(map(str, {*TASKS[task], 'index'}))
     assert len([*WebDataset(sorted(map(str, (tmp_path/'s').glob('*.tar'))), shardshuffle=False)]) == 20
 
-def test_counts_are_believed_only_while_the_size_is_right(tmp_path, monkeypatch):
+def test_counts_are_believed_only_while_the_shard_is_the_same(tmp_path, monkeypatch):
     numbered(tmp_path, 3, 5); s = Shards(tmp_path); s.write_counts(); scans, real = [], scan
     monkeypatch.setattr('spar.scale.data.sources.scan', lambda p: scans.append(p.name) or real(p))
     assert len(Shards(tmp_path)) == 15 and not scans
