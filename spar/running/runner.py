@@ -88,13 +88,19 @@ def brief(
     )
 
 # %% ../../nbs/running/runner.ipynb #53d3fc1d
+def _precision(params: dict) -> str:
+    "What a stage was asked to compute in: its own `precision`, else that of its training."
+    train = params.get('train') if isinstance(params.get('train'), dict) else {}
+    return params.get('precision') or train.get('precision') or 'auto'
+
 def record(name: str, params: dict, seconds: float, path: Path):
     "Enter one stage into run.json, keeping the others."
     try: known = read_json(path)
     except (FileNotFoundError, ValueError): known = {}
     kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
     known[name] = dict(
-        seconds=round(seconds, 1), peak_memory_gb=round(kilobytes / 2**20, 3), seed=params.get('seed'), **provenance()
+        seconds=round(seconds, 1), peak_memory_gb=round(kilobytes / 2**20, 3), seed=params.get('seed'),
+        **provenance(_precision(params)),
     )
     write_json(path, known)
 
