@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AnyInt', 'PositiveInt', 'NonNegativeInt', 'FiniteFloat', 'PositiveFloat', 'NonNegativeFloat', 'Share', 'Decay',
            'FORMAT', 'unknown_key', 'one_of', 'Range', 'check_number', 'Config', 'seed_for', 'rng', 'normal', 'uniform',
-           'pick_device', 'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'recover', 'atomic_path',
-           'write_json', 'read_json', 'write_config', 'read_config', 'file_hash', 'provenance', 'repository', 'to_unit',
-           'to_uint8', 'n_params', 'freeze']
+           'pick_device', 'instructions', 'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'recover',
+           'atomic_path', 'write_json', 'read_json', 'write_config', 'read_config', 'file_hash', 'provenance',
+           'repository', 'to_unit', 'to_uint8', 'n_params', 'freeze']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
 import contextlib
@@ -219,11 +219,18 @@ def pick_device() -> torch.device:
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
 
+def instructions() -> str:  # 'avx512_bf16 amx', 'avx512', 'avx2', ...
+    "The vector instructions of this CPU that decide how fast it computes and in which precision."
+    has = torch.cpu.get_capabilities().get
+    vector = next((name for name in ('avx512_bf16', 'avx512_f', 'avx2', 'sve', 'neon') if has(name)), None)
+    names = [vector and vector.removesuffix('_f'), 'amx' if has('amx_bf16') else None]
+    return ' '.join(filter(None, names)) or 'none known'
+
 def has_fast_bf16(device: torch.device) -> bool:
-    "Does this device multiply bf16 in hardware? On x86 CPUs: AVX512-BF16 or AMX."
+    "Does this device multiply bf16 in hardware? On x86 CPUs: AVX512_BF16 or AMX_BF16, asked for by name."
     if device.type == 'cuda': return torch.cuda.is_bf16_supported()
-    x86 = device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64')
-    return x86 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = torch.cpu.get_capabilities().get
+    return device.type == 'cpu' and bool(has('avx512_bf16') or has('amx_bf16'))
 
 # %% ../nbs/01_core.ipynb #1b726f6c
 def pick_precision(name: str = 'auto', device: torch.device | None = None) -> str:
@@ -356,16 +363,31 @@ def file_hash(path) -> str:
     return h.hexdigest()
 
 # %% ../nbs/01_core.ipynb #3222b055
-def provenance() -> dict:
-    "Device, versions and commit of this run; volatile, so kept apart from results."
+def _processor() -> str:
+    "The name of the CPU: Linux tells it in a file, other systems through Python."
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []
+    names = [value.strip() for key, _, value in (line.partition(':') for line in lines) if key.strip() == 'model name']
+    return next((n for n in [*names, platform.processor()] if n and n != 'unknown'), platform.machine())
+
+def _commit() -> str | None:
+    "The commit of the working directory; None outside of a repository, without `git`, or if it does not answer."
+    try: git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired): return None
+    return git.stdout.strip() if git.returncode == 0 else None
+
+# %% ../nbs/01_core.ipynb #3222b05a
+def provenance(
+    precision: str = 'auto',  # what the numbers were asked to be computed in
+) -> dict:
+    "Device, processor, instructions, precision, versions and commit of this run; volatile, so kept apart from results."
     import importlib.metadata as md
     name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if pick_device().type == 'cuda': name = torch.cuda.get_device_name()
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True)
     versions = {p: md.version(p) for p in ('torch', 'transformers', 'diffusers', 'accelerate')}
     return dict(
-        device=name, precision=pick_precision(), python=platform.python_version(), versions=versions,
-        commit=git.stdout.strip() if git.returncode == 0 else None,
+        device=name, processor=_processor(), instructions=instructions(), precision=pick_precision(precision),
+        python=platform.python_version(), versions=versions, commit=_commit(),
         time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
     )
 

@@ -114,12 +114,17 @@ def training_notes(run: Path) -> dict:
     continued, skipped = [c for s in states for c in s['continued']], sum(len(s['skipped']) for s in states)
     return {k: v for k, v in dict(continued=continued, steps_without_update=skipped).items() if v}
 
+def _precision(params: dict) -> str:
+    "What a stage was asked to compute in: its own `precision`, else that of its training."
+    train = params.get('train') if isinstance(params.get('train'), dict) else {}
+    return params.get('precision') or train.get('precision') or 'auto'
+
 def record(name: str, params: dict, seconds: float, path: Path, notes: dict):
     "Enter one stage into run.json, keeping the others."
     kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
     entry = dict(
         seconds=round(seconds, 1), peak_memory_gb=round(kilobytes / 2**20, 3), seed=params.get('seed'),
-        **provenance(), **notes,
+        **provenance(_precision(params)), **notes,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f'.{path.name}.lock')):      # two stages may end at the same time

@@ -61,6 +61,23 @@ class Unified(nn.Module):
         return self
 
 # %% ../../nbs/method/13_unified.ipynb #f760723b
+class _PassedBy(nn.Module):
+    "SANA's caption projection, kept for the format of its files: what comes in goes out."
+    def __init__(self, projection: nn.Module):
+        super().__init__()
+        for name, part in projection.named_children(): setattr(self, name, part)
+
+    def forward(self, caption: Tensor) -> Tensor: return caption
+
+@patch
+def _condition_width(self: Unified) -> int:
+    "The width of the tokens that the transformer is given; with `projection: linear` its own."
+    dit = self.transformer.config
+    if self.cfg.condition.projection == 'sana': return dit.caption_channels
+    self.transformer.caption_projection = _PassedBy(self.transformer.caption_projection)
+    return dit.num_attention_heads * dit.attention_head_dim
+
+# %% ../../nbs/method/13_unified.ipynb #f760723c
 @patch
 def _add_new_parts(self: Unified, seed: int):
     "Condition and alignment head, whose weights nobody brings along."
@@ -69,7 +86,7 @@ def _add_new_parts(self: Unified, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, 'unified init'))
         teacher = LastMap(load_features()) if cfg.alignment.kind == 'external' else None
-        self.condition = Condition(self.mllm, dit.caption_channels, cfg.condition, seed)
+        self.condition = Condition(self.mllm, self._condition_width(), cfg.condition, seed)
         D_t = teacher.D_t if teacher else self.mllm.hidden_size
         self.alignment = Alignment(cfg.alignment, width, D_t, teacher)
 
@@ -100,11 +117,13 @@ def native(
 def targets(
     self: Unified,
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
+    teach: bool = True,  # False: L_align is off, so nothing is computed for it
 ) -> tuple:  # x0 [B, c, h, w] fp32, teacher [B, M, D_t] or None
     "x0 and f_teacher from one forward of the tokenizer."
-    seen = self.image_tokenizer.encode(images)
-    x0 = self.native(images) if self.cfg.latent == 'dcae' else self.image_tokenizer.to_dit(seen.z_f.float())
-    return x0, self.alignment.teacher(images, seen.f_v)
+    tokenizer, kind, native = self.image_tokenizer, self.alignment.cfg.kind, self.cfg.latent == 'dcae'
+    f_v = tokenizer.encoder(images) if not native or (teach and kind == 'self') else None
+    x0 = self.native(images) if native else tokenizer.to_dit(tokenizer.encoded(f_v).z_f.float())
+    return x0, self.alignment.teacher(images, f_v) if teach else None
 
 # %% ../../nbs/method/13_unified.ipynb #5ffc8f73
 @patch
