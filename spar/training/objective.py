@@ -52,10 +52,11 @@ class TrainConfig(Config):
     lr: float = 3e-4              # after warm-up
     lr_end: float = 0.            # at the last step, cosine in between
     warmup: int = 0               # steps of linear warm-up
-    weight_decay: float = 0.      # on matrices only
+    weight_decay: float = 0.      # on kernels only: no bias, norm, gain, table or token
     betas: tuple = (0.9, 0.999)
     clip: float = 1.0             # largest norm of the gradient; 0: no clipping
     optimizer: str = 'adamw'      # adamw | muon: matrices of the model move along their orthogonalised momentum
+    muon_share: float = 0.5       # of the trainable parameters; a 'muon' that would move less of them is an error
     ema: float = 0.999            # decay after its ramp (1+t)/(10+t); 0: no EMA
     precision: str = 'auto'       # auto | bf16 | no
     workers: int = 0              # processes that prepare samples
