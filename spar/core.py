@@ -7,7 +7,7 @@ __all__ = ['AnyInt', 'PositiveInt', 'NonNegativeInt', 'FiniteFloat', 'PositiveFl
            'FORMAT', 'unknown_key', 'one_of', 'Range', 'check_number', 'Config', 'seed_for', 'rng', 'normal', 'uniform',
            'pick_device', 'instructions', 'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'recover',
            'atomic_path', 'write_json', 'read_json', 'write_config', 'read_config', 'file_hash', 'provenance',
-           'repository', 'to_unit', 'to_uint8', 'n_params', 'freeze']
+           'repository', 'to_unit', 'to_uint8', 'n_params', 'freeze', 'need_finite']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
 import contextlib
@@ -416,3 +416,13 @@ def n_params(module: torch.nn.Module, trainable: bool = False) -> int:
 def freeze(module: torch.nn.Module) -> torch.nn.Module:
     "No gradient, evaluation mode: how every pretrained part enters the method."
     return module.requires_grad_(False).eval()
+
+# %% ../nbs/01_core.ipynb #3fd8ae4e
+def need_finite(
+    x: torch.Tensor,  # [B, ...]
+    what: str,  # names them in the error
+) -> torch.Tensor:  # x
+    "`x`, or a `ValueError` with the indices of what holds NaN or inf: of these no number may be computed."
+    bad = [i for i, ok in enumerate(x.isfinite()[:, None].flatten(1).all(1).tolist()) if not ok]
+    if bad: raise ValueError(f'{what}: NaN or inf in {len(bad)} of {len(x)}, by index {bad[:5]}. Nothing is scored.')
+    return x

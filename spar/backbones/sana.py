@@ -14,7 +14,7 @@ import torch.nn as nn
 from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
 from fastcore.basics import patch
 from transformers import AutoModel, AutoTokenizer, Qwen2Config, Qwen2Model
-from .folders import cast, check_loading, need_folder
+from .folders import cast, check_loading, load_whole, need_folder
 from .mllm import pad_left, position_ids
 from .words import encode_text as word_ids
 
@@ -173,7 +173,7 @@ def load_sana(path, text_encoder: bool = False, dtype=torch.float32) -> Text2Ima
         path / 'transformer', torch_dtype=dtype, output_loading_info=True
     )
     check_loading(info, path, 'SANA')
-    text = AutoModel.from_pretrained(path / 'text_encoder', dtype=dtype) if text_encoder else None
+    text = load_whole(AutoModel, path / 'text_encoder', 'SANA', dtype=dtype) if text_encoder else None
     tk = AutoTokenizer.from_pretrained(path / 'tokenizer') if text_encoder else None
     scheduler = DPMSolverMultistepScheduler.from_pretrained(path / 'scheduler')
     return freeze(Text2Image(dit, text, tk, scheduler, **latent_stats(path)))

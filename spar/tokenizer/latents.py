@@ -28,12 +28,14 @@ def latent_pairs(
     tokenizer,  # a `Tokenizer`
     dcae: nn.Module,  # the frozen pixel autoencoder
     batches,  # of dicts with 'image' [B, 3, H, W]
-) -> tuple:  # (z_f, z_dc), each [tokens, D_p]
+    batch_size: int = 64,  # pictures that go through both encoders at once: what decides the memory, and nothing else
+) -> tuple:  # (z_f, z_dc), each [tokens, D_p], fp32 on the CPU
     "Both latents of the same pictures, token by token."
+    if batch_size < 1: raise ValueError(f'batch_size={batch_size}: at least one picture goes through at once.')
     flat = lambda z: z.float().movedim(1, -1).flatten(0, 2).cpu()
     device, f, dc = next(tokenizer.parameters()).device, [], []
-    for b in batches:
-        x = b['image'].to(device)
+    for x in (x for b in batches for x in b['image'].split(batch_size)):
+        x = x.to(device)
         f.append(flat(tokenizer.encode(x).z_f))
         dc.append(flat(dcae.encode(tokenizer.target(x))))
     return torch.cat(f), torch.cat(dc)
@@ -48,9 +50,9 @@ def channel_correlation(
     norm = (a.square().mean(0) * b.square().mean(0)).sqrt()
     return (a * b).mean(0) / norm.clamp_min(1e-12)
 
-def latent_correlation(tokenizer, dcae, batches) -> float:
-    "Mean over channels of the correlation of z_f with the DC-AE's latent."
-    return channel_correlation(*latent_pairs(tokenizer, dcae, batches)).mean().item()
+def latent_correlation(tokenizer, dcae, batches, batch_size: int = 64) -> float:
+    "Mean over channels of the correlation of z_f with the DC-AE's latent; `batch_size` as in `latent_pairs`."
+    return channel_correlation(*latent_pairs(tokenizer, dcae, batches, batch_size)).mean().item()
 
 # %% ../../nbs/method/03_latents.ipynb #4c34a05c
 def _moments(z: torch.Tensor) -> tuple:  # [tokens, D_p] -> two lists of D_p numbers

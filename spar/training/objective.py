@@ -7,7 +7,7 @@ __all__ = ['Objective', 'TrainConfig']
 
 # %% ../../nbs/training/objective.ipynb #973f6a1d
 from dataclasses import dataclass
-from ..core import Config, Decay, NonNegativeFloat, NonNegativeInt, one_of, PositiveInt
+from ..core import Config, Decay, NonNegativeFloat, NonNegativeInt, one_of, PositiveInt, Share
 import torch
 from torch import nn
 
@@ -53,10 +53,11 @@ class TrainConfig(Config):
     lr: NonNegativeFloat = 3e-4          # after warm-up
     lr_end: NonNegativeFloat = 0.        # at the last step, cosine in between
     warmup: NonNegativeInt = 0           # steps of linear warm-up
-    weight_decay: NonNegativeFloat = 0.  # on matrices only
+    weight_decay: NonNegativeFloat = 0.  # on kernels only: no bias, norm, gain, table or token
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     clip: NonNegativeFloat = 1.0         # largest norm of the gradient; 0: no clipping
     optimizer: str = 'adamw'             # adamw | muon: matrices of the model move along their orthogonalised momentum
+    muon_share: Share = 0.5              # of what trains; a 'muon' that would move less of it is an error
     ema: Decay = 0.999                   # decay after its ramp (1+t)/(10+t); 0: no EMA
     precision: str = 'auto'              # auto | bf16 | no
     workers: NonNegativeInt = 0          # processes that prepare samples

@@ -55,8 +55,8 @@ def _optimizers(objective: Objective, cfg: TrainConfig, device: torch.device, sh
     given = dict(lr=cfg.lr, betas=tuple(cfg.betas), fused=device.type in ('cuda', 'cpu'))
     opts = {}
     for player, entries in objective.players().items():
-        kind = Muon if cfg.optimizer == 'muon' and player == 'model' else torch.optim.AdamW
-        opts[player] = kind(param_groups(entries, cfg.weight_decay), **given)
+        groups, muon = param_groups(entries, cfg.weight_decay, objective), cfg.optimizer == 'muon' and player == 'model'
+        opts[player] = Muon(groups, least=cfg.muon_share, **given) if muon else torch.optim.AdamW(groups, **given)
     return opts
 
 # %% ../../nbs/training/run.ipynb #10d4512f

@@ -6,7 +6,7 @@
 __all__ = ['StageConfig', 'UnifiedObjective', 'validate', 'Watch']
 
 # %% ../../nbs/method/14_unified_stages.ipynb #427542c0
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from ..core import Config, NonNegativeFloat, normal, one_of, uniform
@@ -69,8 +69,16 @@ class StageConfig(Config):
     stage: str = 'connector'                # connector | joint | sft
     lambda_a: NonNegativeFloat = 0.5        # weight of L_align in stages II and III
     lr_transformer: NonNegativeFloat = 1.0  # learning rate of the transformer's body, relative to the rest
+    head: str = 'saved'                     # saved | new: where stages II and III have the alignment head from
 
-    def __post_init__(self): one_of(self.stage, _STAGES, 'unified stage')
+    def __post_init__(self):
+        one_of(self.stage, _STAGES, 'unified stage')
+        one_of(self.head, ('saved', 'new'), 'StageConfig.head')
+        default = {f.name: f.default for f in fields(self) if f.name != 'stage'}
+        idle = [k for k, v in default.items() if getattr(self, k) != v and self.stage == 'connector']
+        if idle:
+            raise ValueError(f'StageConfig: {", ".join(idle)} has no effect in stage connector, which trains neither '
+                             f'transformer nor head. Leave it out; the defaults are {default}.')
 
 # %% ../../nbs/method/14_unified_stages.ipynb #adfdbb79
 class UnifiedObjective(Objective):
@@ -84,6 +92,8 @@ class UnifiedObjective(Objective):
         super().__init__()
         self.model, self.cfg, self.seed = model, cfg or StageConfig(), seed
         self.groups = model.set_stage(self.cfg.stage)
+        if self.cfg.lambda_a not in (0, StageConfig.lambda_a) and 'head' not in self.groups:
+            raise ValueError(f'lambda_a={self.cfg.lambda_a} without an alignment head has no effect: leave it out.')
 
     def players(self):
         scale = lambda name: self.cfg.lr_transformer if name == 'transformer' else 1.0
