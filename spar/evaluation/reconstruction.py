@@ -21,6 +21,7 @@ def reconstruction_mini(
     seed: int = 0,  # of the intervals
     batch_size: int = 50,  # changes the speed only
     least: int = 1000,  # fewest pictures for an FID
+    sources=None,  # `[n]` the photograph of each crop: the intervals resample photographs
 ) -> dict:  # name -> {'psnr', 'psnr_ci', 'ssim', 'ssim_range2', 'lpips_squeeze_mini', 'rfid_efflite0', 'n'}
     "The table of reconstruction metrics, one row a system."
     reference = None if net is None else features(net, images)
@@ -31,7 +32,7 @@ def reconstruction_mini(
         pairs = zip(images.split(batch_size), again.split(batch_size))
         parts = [compare(x, y, lpips) for x, y in pairs]
         columns = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        table[name] = summary(columns, seed)
+        table[name] = summary(columns, seed, sources)
         if net is not None:
             table[name]['rfid_efflite0'] = fid(reference, features(net, again), least)
     return table

@@ -12,7 +12,7 @@ from importlib.resources import files
 from ..core import one_of, rng
 import numpy as np
 from PIL import Image
-from .scenes import SIDE, SPLITS
+from .scenes import draw_name, SIDE, SPLITS
 
 # %% ../../nbs/world/photos.ipynb #c8776a42
 _FOLDER = files('spar.world') / 'photographs'
@@ -45,7 +45,7 @@ def photograph_of(split: str, index: int) -> str:
 
 def crop(seed: int, split: str, index: int, side: int = SIDE) -> np.ndarray:
     "Crop number `index`: uint8 `[side, side, 3]`, from 1 to 4 times that size, perhaps mirrored."
-    g = rng(seed, f'photo/{split}', index)
+    g = rng(seed, f'photo/{draw_name(split)}', index)
     img = photograph(photograph_of(split, index))
     size = int(side * (1 + 3 * g.random()))
     size = min(size, *img.size)
