@@ -76,8 +76,8 @@ def reconstruction_on_mini(system, o, c: Context) -> dict:
     "PSNR, SSIM, perceptual distance and FID of scenes; PSNR of photographs."
     lpips = load_lpips(c.bases/'lpips')
     facts = _mini_facts(
-        'reconstruction-mini', glyphs=o.glyphs, photos=o.photos, dial=o.dial, split=draw_name('test'), side=64, rounding='8 bit',
-        ssim='gaussian 11, range 1', fid='efflite0 against the same pictures', lpips=lpips.name,
+        'reconstruction-mini', glyphs=o.glyphs, photos=o.photos, dial=o.dial, split=draw_name('test'), side=64,
+        rounding='8 bit', ssim='gaussian 11, range 1', fid='efflite0 against the same pictures', lpips=lpips.name,
         seed=c.sampling['seed'],
     )
     return _measured_once(c, facts, lambda: _reconstruct_mini(system, o, c, lpips))

@@ -59,7 +59,7 @@ def imgedit_result(items: list, scores: dict, seed: int = 0) -> dict:
         capped = [s[0], min(s[:2]), min(s[0], s[2])]
         lowered += capped != s
         kinds[i['kind']].append(float(np.mean(capped)))
-        sources[i['kind']].append(i['source'])
+        sources[i['kind']].append(i.get('source', i['id']))
         raw[i['kind']].append(float(np.mean(s)))
     if empty := {i['kind'] for i in items} - kinds.keys():
         raise ValueError(
