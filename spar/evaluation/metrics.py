@@ -153,9 +153,27 @@ def bootstrap(
     seed: int = 0,  # the draws are a function of it
     repeats: int = 1000,  # number of resamplings
     level: float = 0.95,  # covered share
+    sources=None,  # `[n]` what each value comes from; values of one source are drawn together
 ) -> list[float]:  # [low, high]
     "Interval of the mean of `values`."
-    return bootstrap_tasks({'all': values}, seed, repeats, level)
+    return bootstrap_tasks({'all': values}, seed, repeats, level, sources=sources and {'all': sources})
+
+# %% ../../nbs/evaluation/metrics.ipynb #3ab0deb5
+def _strata(
+    tasks: dict,  # task -> `[n]` values
+    sources: dict,  # task -> `[n]` their sources; a task that is missing has independent values
+) -> dict:  # names of tasks -> `[clusters, tasks, 2]`: sum and number of the values of each source in each task
+    "Sources by the tasks that their values stand in."
+    clusters = {}
+    for k, v in tasks.items():
+        own = sources.get(k, [(k, i) for i in range(len(v))])
+        if len(own) != len(v): raise ValueError(f'{k}: {len(v)} values with {len(own)} sources; give one a value.')
+        for s, x in zip(own, v):
+            cell = clusters.setdefault(s, {}).setdefault(k, np.zeros(2))
+            cell += float(x), 1
+    out = {}
+    for c in clusters.values(): out.setdefault(tuple(c), []).append(list(c.values()))
+    return {names: np.array(rows) for names, rows in out.items()}
 
 # %% ../../nbs/evaluation/metrics.ipynb #214b37ad
 @torch.no_grad()
@@ -165,16 +183,18 @@ def bootstrap_tasks(
     repeats: int = 1000,  # number of resamplings
     level: float = 0.95,  # covered share
     weights: dict = None,  # task -> weight of its mean, default equal
+    sources: dict = None,  # task -> `[n]` hashable: values of one source are drawn together, across tasks too
 ) -> list[float]:  # [low, high]
-    "Interval of the weighted mean of the task means, prompts drawn within their task."
+    "Interval of the weighted mean of the task means, sources drawn with all their values."
     weights = weights or {k: 1 / len(tasks) for k in tasks}
-    total = np.zeros(repeats)
-    for k, v in tasks.items():
-        v = need_finite(torch.as_tensor(v, dtype=torch.float64), f'values of {k}').numpy()
-        drawn = rng(seed, f'bootstrap {k}').integers(len(v), size=(repeats, len(v)))
-        total += weights[k] * v[drawn].mean(1)
+    tasks = {k: need_finite(torch.as_tensor(v, dtype=torch.float64), f'values of {k}').numpy() for k, v in tasks.items()}
+    total = {k: np.zeros((repeats, 2)) for k in tasks}
+    for names, cells in _strata(tasks, sources or {}).items():
+        drawn = rng(seed, f'bootstrap {" ".join(map(str, names))}').integers(len(cells), size=(repeats, len(cells)))
+        for i, k in enumerate(names): total[k] += cells[drawn, i].sum(1)
+    mean = sum(weights[k] * t[:, 0] / t[:, 1] for k, t in total.items())
     cut = (1 - level) / 2
-    return [float(np.quantile(total, cut)), float(np.quantile(total, 1 - cut))]
+    return [float(np.quantile(mean, cut)), float(np.quantile(mean, 1 - cut))]
 
 # %% ../../nbs/evaluation/metrics.ipynb #9ee59830
 def clean(
@@ -194,10 +214,11 @@ def clean(
 def summary(
     columns: dict,  # column -> `[n]`, as `compare` gives, of all pictures
     seed: int = 0,  # of the bootstrap
+    sources=None,  # `[n]` what each picture is taken from, where several share a source
 ) -> dict:  # {'psnr', 'psnr_ci', 'ssim', ..., 'n'}
     "Means over pictures, with the interval of the PSNR."
     out = {}
     for k, v in columns.items():
         out[k] = float(v.mean())
-        if k == 'psnr': out['psnr_ci'] = bootstrap(v, seed)
+        if k == 'psnr': out['psnr_ci'] = bootstrap(v, seed, sources=sources)
     return out | dict(n=len(v))

@@ -19,11 +19,12 @@ def _row(
     lpips,
     seed: int,
     batch_size: int,
+    sources=None,  # `[n]` what the intervals resample; None: pictures
 ) -> dict:
     "Means over pictures of every metric of a pair."
     pairs = zip(images.split(batch_size), again.split(batch_size))
     parts = [compare(x, y, lpips) for x, y in pairs]
-    return summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, seed)
+    return summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, seed, sources)
 
 def _fid_columns(reference: Tensor, feats: Tensor, least: int) -> dict:
     "The FID, and whether it orders systems only."
@@ -38,6 +39,7 @@ def reconstruction_mini(
     seed: int = 0,  # of the intervals
     batch_size: int = 50,  # changes the speed only
     least: int = 1000,  # fewest pictures for an FID
+    sources=None,  # `[n]` the photograph of each crop: the intervals resample photographs
 ) -> dict:  # name -> {'psnr', 'psnr_ci', 'ssim', 'ssim_range2', 'lpips_...', 'rfid_efflite0', 'rank_only', 'n'}
     "The table of reconstruction metrics, one row a system; a picture with NaN or inf is an error that names it."
     reference, table = None if net is None else features(net, images), {}
@@ -46,6 +48,6 @@ def reconstruction_mini(
     for name, reconstruct in systems.items():
         batch = lambda a, b: reconstruct(images[a:b]).float().cpu()
         again = need_finite(in_batches(batch, len(images), batch_size), f'reconstructions by {name}')
-        table[name] = _row(images, again, lpips, seed, batch_size)
+        table[name] = _row(images, again, lpips, seed, batch_size, sources)
         if net is not None: table[name] |= _fid_columns(reference, features(net, again), least)
     return table

@@ -28,12 +28,14 @@ def table_of(
     tasks: dict,  # task -> `[units]` scores in 0..1
     weights: dict = None,  # task -> weight in the overall score; None: equal
     seed: int = 0,  # of the interval
+    sources: dict = None,  # task -> `[units]` what each unit comes from; units of one source are drawn together
 ) -> dict:  # 'overall', 'overall_ci' and one mean a task
     "Mean of the task means, with its interval."
     means = {k: float(np.mean(v)) for k, v in tasks.items()}
     w = weights or {k: 1 / len(tasks) for k in tasks}
     overall = sum(w[k] * means[k] for k in means)
-    return dict(overall=overall, overall_ci=bootstrap_tasks(tasks, seed, weights=w), **means)
+    interval = bootstrap_tasks(tasks, seed, weights=w, sources=sources)
+    return dict(overall=overall, overall_ci=interval, **means)
 
 # %% ../../nbs/evaluation/tables.ipynb #6aa19a43
 def number(

@@ -9,7 +9,7 @@ __all__ = ['as_image', 'Endless', 'SceneImages', 'PhotoCrops', 'Mixture', 'Tenso
 from ..core import one_of, rng, to_unit
 import torch
 from torch.utils.data import default_collate
-from .photos import crop
+from .photos import crop, photograph_of
 from .scenes import render, scene
 
 # %% ../../nbs/world/datasets.ipynb #7e9f500a
@@ -43,6 +43,9 @@ class SceneImages(Endless):
 class PhotoCrops(Endless):
     "`image`: crops of photographs."
     def __getitem__(self, k): return dict(image=as_image(crop(self.seed, self.split, k)), index=k)
+    def source(self, k: int) -> str:
+        "The photograph that crop k shows."
+        return photograph_of(self.split, k)
 
 # %% ../../nbs/world/datasets.ipynb #bab282ac
 def _weighted(parts: dict) -> tuple[list, list, list]:
