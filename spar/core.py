@@ -6,8 +6,8 @@
 __all__ = ['AnyInt', 'PositiveInt', 'NonNegativeInt', 'FiniteFloat', 'PositiveFloat', 'NonNegativeFloat', 'Share', 'Decay',
            'FORMAT', 'unknown_key', 'one_of', 'Range', 'check_number', 'Config', 'seed_for', 'rng', 'normal', 'uniform',
            'pick_device', 'instructions', 'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'recover',
-           'atomic_path', 'write_json', 'read_json', 'write_config', 'read_config', 'file_hash', 'provenance',
-           'repository', 'to_unit', 'to_uint8', 'n_params', 'freeze', 'need_finite']
+           'atomic_path', 'write_json', 'read_json', 'write_config', 'read_config', 'file_hash', 'repository',
+           'to_unit', 'to_uint8', 'n_params', 'freeze', 'need_finite']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
 import contextlib
@@ -22,12 +22,9 @@ import json
 import math
 import numbers
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import threading
-import time
 import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -361,35 +358,6 @@ def file_hash(path) -> str:
         with open(p, 'rb') as f:
             while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
-
-# %% ../nbs/01_core.ipynb #3222b055
-def _processor() -> str:
-    "The name of the CPU: Linux tells it in a file, other systems through Python."
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: lines = []
-    names = [value.strip() for key, _, value in (line.partition(':') for line in lines) if key.strip() == 'model name']
-    return next((n for n in [*names, platform.processor()] if n and n != 'unknown'), platform.machine())
-
-def _commit() -> str | None:
-    "The commit of the working directory; None outside of a repository, without `git`, or if it does not answer."
-    try: git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return None
-    return git.stdout.strip() if git.returncode == 0 else None
-
-# %% ../nbs/01_core.ipynb #3222b05a
-def provenance(
-    precision: str = 'auto',  # what the numbers were asked to be computed in
-) -> dict:
-    "Device, processor, instructions, precision, versions and commit of this run; volatile, so kept apart from results."
-    import importlib.metadata as md
-    name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    if pick_device().type == 'cuda': name = torch.cuda.get_device_name()
-    versions = {p: md.version(p) for p in ('torch', 'transformers', 'diffusers', 'accelerate')}
-    return dict(
-        device=name, processor=_processor(), instructions=instructions(), precision=pick_precision(precision),
-        python=platform.python_version(), versions=versions, commit=_commit(),
-        time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-    )
 
 # %% ../nbs/01_core.ipynb #3222b061
 def repository() -> Path:  # its root

@@ -2,7 +2,8 @@
 import contextlib, copy, json, pickle, shutil, subprocess, sys
 from unittest import mock
 import pytest, torch
-from spar.core import freeze, has_fast_bf16, instructions, pick_precision, provenance, read_json
+from spar.core import freeze, has_fast_bf16, instructions, pick_precision, read_json
+from spar.machine import provenance
 from spar.backbones.dcae import DCAE, mini_dcae
 from spar.backbones.mllm import load_mllm, mini_mllm, MLLM, pad_left
 from spar.backbones.sana import mini_sana, mini_text_encoder, Text2Image

@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    'core', 'images', 'figures', 'backbones', 'world', 'training', 'tokenizer', 'unified', 'evaluation',
+    'core', 'machine', 'images', 'figures', 'backbones', 'world', 'training', 'tokenizer', 'unified', 'evaluation',
     'mini', 'pipeline', 'running', 'cli', 'scale',
 ]
 LIMITS = {

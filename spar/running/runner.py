@@ -19,7 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from filelock import FileLock
-from ..core import is_first, pick_device, provenance, read_json, write_json
+from ..core import is_first, pick_device, read_json, write_json
+from ..machine import provenance
 from .profiles import complete, experiment, notebook_of, resolved, stage_names
 from ..training.notebook import profile_name
 
