@@ -84,7 +84,7 @@ def _parts() -> list[tuple]:  # (what, the recipe's, ours, why)
         ('positions in the DiT', positions(published['sana-600m-512px']), positions(mini_sana(layers=1).config),
          'a transformer of six layers on 8 x 8 latents finds no places by its convolutions alone'),
         ('pixel shuffle', published['internvl3-1b']['downsample_ratio'], shuffle,
-         'an encoder at 64 px has 8 x 8 patches, and the latent needs as many tokens' + ' (1: the identity)' * (shuffle == 1)),
+         'an encoder at 64 px has 8 x 8 patches, and the latent needs as many tokens; 1 is the identity'),
         ('what the MLLM was taught', 'general text and pictures', taught,
          'so the frozen MLLM already reads the prompts, and knows what an edit leads to: easier than for the paper'),
     ]
