@@ -4,7 +4,6 @@ import math
 import pkgutil
 import typing
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -84,3 +83,23 @@ def test_profiles_lie_inside(profile, monkeypatch):
     kind = 'bases' if profile == 'bases' else 'stages'
     assert set(sections(profile)) == set(stage_names(kind))
     for stage in stage_names(kind): complete(stage, profile, kind)
+
+
+@pytest.mark.parametrize('weights', [(-.5, 1.5), (math.nan, 1.), (True, 1.)])
+def test_a_mixture_refuses_what_is_no_weight(weights):
+    from spar.world.datasets import Mixture, PhotoCrops, SceneImages
+    parts = dict(photos=(PhotoCrops(), weights[0]), scenes=(SceneImages(), weights[1]))
+    with pytest.raises(ValueError, match="weight of 'photos'"): Mixture(parts)
+
+
+@pytest.mark.parametrize('kw', [dict(steps=0), dict(steps=1.5), dict(guidance=-1), dict(guidance=math.nan)])
+def test_the_sampler_refuses_what_no_configuration_allows(kw):
+    from spar.unified.flow import FlowConfig, sample
+    with pytest.raises(ValueError, match=next(iter(kw))): sample(None, (None, None), None, None, FlowConfig(), **kw)
+
+
+def test_shares_and_batches_of_plain_arguments():
+    from spar.evaluation.systems import in_batches
+    from spar.world.tasks import SceneCaptions
+    with pytest.raises(ValueError, match='SceneCaptions.twos'): SceneCaptions(twos=1.2)
+    with pytest.raises(ValueError, match='batch_size'): in_batches(None, 4, -1)

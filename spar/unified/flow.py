@@ -8,7 +8,7 @@ __all__ = ['FlowConfig', 'shift_sigma', 'sample_sigma', 'interpolate', 'flow_los
 # %% ../../nbs/method/12_flow.ipynb #0a0d46af
 import contextlib
 from dataclasses import dataclass
-from ..core import Config, FiniteFloat, NonNegativeFloat, normal, PositiveFloat, PositiveInt, Share
+from ..core import check_number, Config, FiniteFloat, NonNegativeFloat, normal, PositiveFloat, PositiveInt, Share
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn, Tensor
@@ -138,6 +138,8 @@ def sample(
     callback=None,  # called with (step, x) after every step
 ) -> Tensor:  # [B, c, h, w] a clean latent
     "From noise to a latent. All randomness is in `noise`."
+    if steps is not None: check_number(steps, PositiveInt, 'steps')
+    if guidance is not None: check_number(guidance, NonNegativeFloat, 'guidance')
     g = 1.0 if uncond is None else float(cfg.guidance if guidance is None else guidance)
     tokens, mask = (cond[0], cond[1]) if g == 1 else _both(cond, uncond)
     s, x = _solver(cfg, steps), noise.float()

@@ -6,7 +6,7 @@
 __all__ = ['as_image', 'Endless', 'SceneImages', 'PhotoCrops', 'Mixture', 'TensorCache']
 
 # %% ../../nbs/world/datasets.ipynb #484a7077
-from ..core import one_of, rng, to_unit
+from ..core import check_number, NonNegativeFloat, one_of, rng, to_unit
 import torch
 from torch.utils.data import default_collate
 from .photos import crop, photograph_of
@@ -50,6 +50,7 @@ class PhotoCrops(Endless):
 # %% ../../nbs/world/datasets.ipynb #bab282ac
 def _weighted(parts: dict) -> tuple[list, list, list]:
     "Names, datasets and shares (they sum to 1) of the parts whose weight is positive."
+    for n, (_, w) in parts.items(): check_number(w, NonNegativeFloat, f'Mixture, weight of {n!r}')
     used = {n: (d, w) for n, (d, w) in parts.items() if w > 0}
     if not used: raise ValueError('Mixture: every part has weight 0; give at least one a positive weight.')
     total = sum(w for _, w in used.values())
