@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from ...core import atomic_path, one_of, to_uint8, write_json
 from PIL import Image
-from webdataset import TarWriter
 from .exclude import Exclude, words_only
 from .sample import Broken, FORMATS, picture, TASKS
+from .shards import write_tar
 from .sources import COUNTS, open_source, raw_sample, Source, SourceConfig
 from ...world.datasets import PhotoCrops, SceneImages
 from ...world.tasks import Edits, SceneCaptions
@@ -162,8 +162,7 @@ def _shard_members(
 def _write_shard(path: Path, samples: list, first: int) -> list:  # [bytes, samples]
     "One shard, whole or not at all; its keys are the numbers of the samples."
     with atomic_path(path) as tmp:
-        with open(tmp, 'wb') as f, TarWriter(f, mtime=0) as w:
-            for k, s in enumerate(samples, first): w.write({'__key__': f'{k:09d}', **s})
+        with open(tmp, 'wb') as f: write_tar(f, ((f'{k:09d}', s) for k, s in enumerate(samples, first)))
     return [path.stat().st_size, len(samples)]
 
 # %% ../../../nbs/scale/data/check.ipynb #a8e5fcbc

@@ -19,9 +19,9 @@ from pathlib import Path
 from ...core import Config, one_of, write_json
 import numpy as np
 from fastcore.basics import patch
-from webdataset.tariterators import base_plus_ext
 from .sample import Broken, ENDINGS, FIELDS, inside, log_defect, lookup
 from .sample import MAX_BYTES, media_bytes, TASKS, texts_of
+from .shards import base_plus_ext
 
 # %% ../../../nbs/scale/data/sources.ipynb #35fcdfec
 class Source:
