@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import time
 import typing
+import warnings
 from dataclasses import fields
 from pathlib import Path
 import numpy as np
@@ -43,6 +44,9 @@ def _guard_torchvision() -> bool:
     _torchvision_schemas = lib
     return True
 _guard_torchvision();
+
+# %% ../nbs/01_core.ipynb #6b4792e4
+warnings.filterwarnings('ignore', 'IProgress not found')      # of tqdm.auto, which transformers and diffusers import
 
 # %% ../nbs/01_core.ipynb #5521cf75
 def unknown_key(
