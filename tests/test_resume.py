@@ -1,6 +1,5 @@
 """A run killed at any moment ends with the same weights, bit for bit; another run's past is never used; a NaN stops."""
-import hashlib, os, re, signal, subprocess, sys, time
-from pathlib import Path
+import os, re, signal, subprocess, sys, time
 import pytest, torch
 from torch import nn
 from conftest import ROOT
