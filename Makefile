@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 SHELL  := bash
 
-.PHONY: help install repro test test-slow release bases clean
+.PHONY: help install hooks repro lint part test test-slow release bases clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -25,11 +25,21 @@ $(VENV)/.installed: constraints.txt weights.txt settings.ini setup.py
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 > /dev/null
 	touch $@
 
+hooks: install   ## checks before each commit, and notebooks merged cell by cell
+	pre-commit install
+	git config --local include.path ../.gitconfig
+
 repro: install   ## train SPAR in miniature and evaluate it: everything, from a clone to the tables
 	dvc pull -q -r store data.dvc
 	dvc repro
 
-test: install    ## notebooks clean and in sync, nbdev_test, pytest
+lint: install    ## ruff and mypy, notebooks clean and in sync
+	tests/check.sh lint
+
+part: install    ## one part of the tests: make part PART=lint|notebooks|pytest|slow
+	tests/check.sh $(PART)
+
+test: install    ## the same, nbdev_test, pytest
 	tests/check.sh
 
 test-slow: install   ## what takes longer: stages on two processes, killed and continued
@@ -43,4 +53,4 @@ bases: install   ## train the miniature backbones again (hours on two cores); `s
 	for name in perceptual dcae judge mllm sana; do spar_stage $$name --bases || exit 1; done
 
 clean:           ## what runs left behind (artifacts stay)
-	rm -rf runs build *.egg-info .pytest_cache
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -33,7 +33,7 @@ def _guard_torchvision() -> bool:
     "Declare `torchvision::nms` and `qnms` if the real operators cannot load; True if it had to."
     global _torchvision_schemas
     spec = importlib.util.find_spec('torchvision')
-    if spec is None or hasattr(torch.ops.torchvision, 'nms'): return False
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, 'nms'): return False
     binary = next(Path(spec.origin).parent.glob('_C*.so'), None)
     try:
         if binary: torch.ops.load_library(str(binary))
@@ -43,7 +43,7 @@ def _guard_torchvision() -> bool:
     for op in ('nms', 'qnms'): lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
     _torchvision_schemas = lib
     return True
-_guard_torchvision();
+_guarded = _guard_torchvision()
 
 # %% ../nbs/01_core.ipynb #6b4792e4
 warnings.filterwarnings('ignore', 'IProgress not found')      # of tqdm.auto, which transformers and diffusers import
@@ -77,6 +77,8 @@ def _as_kind(value, kind, where: str):
 # %% ../nbs/01_core.ipynb #f68a3025
 class Config:
     "Base of all configuration dataclasses: built from a plain dict, strictly."
+    __dataclass_fields__: typing.ClassVar[dict]      # every subclass is a dataclass
+
     @classmethod
     def from_dict(cls, d: dict | None):
         "Build from `d`; nested `Config` fields are built too; an unknown key is a `ValueError`."

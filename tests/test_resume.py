@@ -41,7 +41,7 @@ def finish(p):
 def test_killed_twice_and_continued_ends_with_the_same_bits(tmp_path):
     whole, _ = finish(start(tmp_path/'whole'))
     for _ in range(2):
-        p = start(tmp_path/'killed'); state, seen = tmp_path/'killed/checkpoint/state.json', None
+        p = start(tmp_path/'killed'); state = tmp_path/'killed/checkpoint/state.json'
         before = state.stat().st_mtime_ns if state.exists() else 0
         while p.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before): time.sleep(.005)
         p.send_signal(signal.SIGKILL); p.wait()
