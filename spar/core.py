@@ -23,9 +23,9 @@ import math
 import numbers
 import os
 import shutil
-import sys
 import threading
 import typing
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +39,7 @@ def _guard_torchvision() -> bool:
     "Declare `torchvision::nms` and `qnms` if the real operators cannot load; True if it had to."
     global _torchvision_schemas
     spec = importlib.util.find_spec('torchvision')
-    if spec is None or hasattr(torch.ops.torchvision, 'nms'): return False
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, 'nms'): return False
     binary = next(Path(spec.origin).parent.glob('_C*.so'), None)
     try:
         if binary: torch.ops.load_library(str(binary))
@@ -49,7 +49,10 @@ def _guard_torchvision() -> bool:
     for op in ('nms', 'qnms'): lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
     _torchvision_schemas = lib
     return True
-_guard_torchvision();
+_guarded = _guard_torchvision()
+
+# %% ../nbs/01_core.ipynb #6b4792e4
+warnings.filterwarnings('ignore', 'IProgress not found')      # of tqdm.auto, which transformers and diffusers import
 
 # %% ../nbs/01_core.ipynb #5521cf75
 def unknown_key(
@@ -156,6 +159,8 @@ class Config:
     """Base of all configuration dataclasses: built from a plain dict, strictly.
 
     Every number is checked whenever it is set: by the constructor, `replace` or an assignment."""
+    __dataclass_fields__: typing.ClassVar[dict]      # every subclass is a dataclass
+
     def __setattr__(self, name, value):
         if name in _kinds(type(self)): _check(value, _kinds(type(self))[name], f'{type(self).__name__}.{name}')
         super().__setattr__(name, value)

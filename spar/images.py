@@ -38,7 +38,7 @@ def _opened(source) -> tuple[Image.Image, str]:
     except UnidentifiedImageError: raise ValueError(f'{source} is not a picture that Pillow can read.') from None
     except Image.DecompressionBombError:
         raise ValueError(f'{source} claims {_TOO_LARGE} pixels; that much is refused. {_SCALE_DOWN}') from None
-    except (OSError, SyntaxError, ValueError) as e: raise _damaged(source, e) from None
+    except (OSError, SyntaxError, ValueError) as e: raise _damaged(str(source), e) from None
 
 # %% ../nbs/using/images.ipynb #6d19ed59
 def _white_of(mode: str, largest: float) -> float:
@@ -86,7 +86,7 @@ def read_image(
         im = ImageOps.exif_transpose(im)
         notes.append('turned upright as its EXIF says')
     im, note = _to_rgb(im)
-    return Read(im, notes + [note] * bool(note))
+    return Read(im, notes + ([note] if note else []))
 
 # %% ../nbs/using/images.ipynb #2c4c7d89
 def squared(
@@ -101,7 +101,7 @@ def squared(
         im = im.crop((x, y, x + n, y + n))
     if n != side:
         notes.append(f'bicubic {n}x{n} -> {side}x{side}')
-        im = im.resize((side, side), Image.BICUBIC)
+        im = im.resize((side, side), Image.Resampling.BICUBIC)
     return Read(im, notes)
 
 # %% ../nbs/using/images.ipynb #9b9d5e48

@@ -1,6 +1,5 @@
 """A run killed at any moment ends with the same weights, bit for bit; another run's past is never used; a NaN stops."""
-import hashlib, json, os, re, shutil, signal, subprocess, sys, time
-from pathlib import Path
+import json, os, re, shutil, signal, subprocess, sys, time
 import pytest, torch
 from safetensors.torch import load_file
 from torch import nn

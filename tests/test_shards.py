@@ -3,9 +3,8 @@ import io, itertools, json, os, pickle, struct, sys, tarfile, zlib
 from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 from conftest import ROOT
 from spar.core import to_uint8

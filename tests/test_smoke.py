@@ -5,7 +5,7 @@ import numpy as np
 import psutil, pytest, yaml
 from PIL import Image
 from safetensors.torch import load_file
-from conftest import ROOT, clone, environment, run
+from conftest import ROOT, environment, run
 from spar import cli
 from spar.core import file_hash
 from spar.pipeline import SparPipeline

@@ -74,9 +74,9 @@ class JudgeNet(nn.Module):
     "Picture -> a map of glyphs and a vote on the background."
     def __init__(self, cfg: JudgeConfig):
         super().__init__()
-        w, O, C = cfg.width, len(cfg.objects), len(cfg.colours)
-        self.cells = dict(heat=1, object=O, colour=C, turn=2, box=4)
-        self.votes = dict(ground=C, texture=len(cfg.textures), style=len(cfg.styles))
+        w, objects, colours = cfg.width, len(cfg.objects), len(cfg.colours)
+        self.cells = dict(heat=1, object=objects, colour=colours, turn=2, box=4)
+        self.votes = dict(ground=colours, texture=len(cfg.textures), style=len(cfg.styles))
         cells, votes = sum(self.cells.values()), sum(self.votes.values())
         w2, w3 = 2 * w, 3 * w
         self.fine = nn.Sequential(nn.Conv2d(3, w, 5, 2, 2), ResBlock(w))

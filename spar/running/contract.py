@@ -6,7 +6,6 @@
 __all__ = ['stage_of', 'covers', 'compared', 'check_deps', 'control_steps']
 
 # %% ../../nbs/running/contract.ipynb #4e5180e5
-from pathlib import Path
 from .profiles import complete, notebook_of, yaml_file
 from ..training.notebook import import_closure
 

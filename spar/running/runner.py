@@ -99,7 +99,7 @@ def brief(
     return '\n'.join(
         [
             f'\n{name} failed in cell {error.exec_count}:',
-            *('    ' + l for l in shown),
+            *('    ' + line for line in shown),
             '',
             *plain[-lines:],
             '',

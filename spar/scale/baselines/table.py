@@ -172,11 +172,11 @@ def checked(params: dict) -> SimpleNamespace:
     "Settings with every line of `benchmarks` and `baselines` checked; nothing is loaded."
     for key in params: one_of(key, PARAMS, 'params')
     p = SimpleNamespace(**PARAMS | params)
-    p.benchmarks = [_benchmark(l) for l in p.benchmarks]
+    p.benchmarks = [_benchmark(b) for b in p.benchmarks]
     names = [n for n, _ in p.benchmarks]
     tasks = dict.fromkeys(BENCHMARKS[n].task for n in names)
     own = [Baseline('SPAR', t, OWN_CLASS, path=p.spar) for t in tasks if p.spar]
-    p.systems = own + [baseline(l) for l in p.baselines]
+    p.systems = own + [baseline(b) for b in p.baselines]
     _check_systems(p.systems, names)
     return p
 

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from ...core import atomic_path, one_of, to_uint8, write_json
 from PIL import Image
-from webdataset import TarWriter
 from .exclude import Exclude
 from .files import stamp
 from .sample import Broken, ending_of, picture, TASKS
+from .shards import write_tar
 from .sources import COUNTS, open_source, raw_sample, Source, SourceConfig
 from .texts import printable, TextLimit, words_only
 from ...world.datasets import PhotoCrops, SceneImages
@@ -170,8 +170,7 @@ def _shard_members(
 def _write_shard(path: Path, samples: list, first: int) -> list:  # [samples, *stamp]
     "One shard, whole or not at all; its keys are the numbers of the samples."
     with atomic_path(path) as tmp:
-        with open(tmp, 'wb') as f, TarWriter(f, mtime=0) as w:
-            for k, s in enumerate(samples, first): w.write({'__key__': f'{k:09d}', **s})
+        with open(tmp, 'wb') as f: write_tar(f, ((f'{k:09d}', s) for k, s in enumerate(samples, first)))
     return [len(samples), *stamp(path)]
 
 # %% ../../../nbs/scale/data/check.ipynb #a8e5fcbc

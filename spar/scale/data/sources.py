@@ -20,11 +20,11 @@ from typing import Any
 from ...core import Config, NonNegativeFloat, one_of, PositiveFloat, write_json
 import numpy as np
 from fastcore.basics import patch
-from webdataset.tariterators import base_plus_ext
 from .files import caption_rows, CAPTIONS, files_below, has_ending, in_split, kind_by_files
 from .files import passed_over, same_split, scan, stamp
 from .sample import Broken, ENDINGS, FIELDS, inside, log_defect, lookup
 from .sample import MAX_BYTES, media_bytes, TASKS, texts_of
+from .shards import base_plus_ext
 from .texts import printable
 
 # %% ../../../nbs/scale/data/sources.ipynb #35fcdfec
