@@ -2,7 +2,7 @@
 import copy, json
 import pytest, torch
 from torch import nn
-from spar.backbones.dcae import load_dcae, DCAE, mini_dcae
+from spar.backbones.dcae import DCAE, mini_dcae
 from spar.backbones.mllm import MLLM, mini_mllm
 from spar.backbones.perceptual import PerceptualMini
 from spar.backbones.sana import mini_sana, mini_text_encoder, Text2Image
@@ -127,7 +127,7 @@ def test_stage_one_refuses_what_it_does_not_train(given):
     StageConfig.from_dict(dict(stage='joint', **given))
 
 def test_every_ablation_of_every_profile_is_accepted():
-    from spar.running.profiles import ablations, leaves, merged, notebook_of, overlaid, sections, typed_parameters
+    from spar.running.profiles import ablations, merged, notebook_of, overlaid, sections, typed_parameters
     from spar.training.notebook import parameters
     import importlib
     for profile in ('mini', 'smoke', 'spar-1b', 'spar-3b'):

@@ -1,13 +1,13 @@
 """A training that is killed anywhere ends with the same bytes.
 
-    python tools/killed.py                        20 times SIGKILL at random steps of the smoke profile's training stages
+    python tools/killed.py                        SIGKILL at 20 random steps of the smoke profile's training stages
     python tools/killed.py --processes 2          the same with two processes
-    python tools/killed.py --faults               a small training that dies before and after every fsync and every rename
+    python tools/killed.py --faults               a small training that dies before and after every fsync and rename
     python tools/killed.py --kills 4 --stages tokenizer_1_init unified_2_joint
 
 A stage runs once undisturbed; then its outputs and its run folder are removed, and it is started as often as it takes:
-while there are kills left, every process ends itself by SIGKILL in the middle of the step that was drawn for this start.
-Artifact, metrics and curves must be the same bytes. The code cells of the stage's notebook run in a fork of a process
+while there are kills left, every process ends itself by SIGKILL in the middle of the step that was drawn for this
+start. Artifact, metrics and curves must be the same bytes. The code cells of the stage's notebook run in a fork of a process
 that has imported everything, so that a start takes as long as the stage and not as long as the imports.
 """
 import argparse
@@ -51,8 +51,8 @@ def forked(work, processes: int, log: Path) -> bool:  # did all of them end well
                 os.dup2(f.fileno(), 1)
                 os.dup2(f.fileno(), 2)
             if processes > 1:
-                where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, ACCELERATE_USE_CPU='true')
-                os.environ.update({k: str(v) for k, v in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, **where).items()})
+                who = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+                os.environ.update({k: str(v) for k, v in who.items()}, ACCELERATE_USE_CPU='true')
             work(rank)
             code = 0
         except BaseException:
@@ -97,7 +97,8 @@ def dying_in_step(step: int):
 
 
 def outputs(name: str) -> list[Path]:
-    return [Path(f'artifacts/{PROFILE}/{name}'), Path(f'metrics/{PROFILE}/stages/{name}.json'), Path(f'plots/{PROFILE}/{name}')]
+    paths = f'artifacts/{PROFILE}/{name}', f'metrics/{PROFILE}/stages/{name}.json', f'plots/{PROFILE}/{name}'
+    return [Path(p) for p in paths]
 
 
 def digest(paths) -> dict[str, str]:
@@ -109,14 +110,19 @@ def removed(paths):
     for p in paths: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
 
 
+def undisturbed(name: str, processes: int, log: Path):
+    "Run a stage to its end, or stop everything."
+    if not forked(lambda rank: run_cells(name), processes, log):
+        raise SystemExit(f'{name} failed: see {log.resolve()}.*.log')
+
+
 def stage_killed(name: str, kills: list[float], processes: int) -> tuple[int, bool, float]:
     "(how often it was killed, are the bytes the same, seconds)"
-    import yaml
     from spar.running.profiles import complete
     steps, began, run = complete(name, PROFILE)['train']['steps'], time.monotonic(), Path(f'runs/{PROFILE}/{name}')
     log = Path(f'runs/{PROFILE}/{name}.undisturbed')
     log.parent.mkdir(parents=True, exist_ok=True)
-    if not forked(lambda rank: run_cells(name), processes, log): raise SystemExit(f'{name} failed: see {log.resolve()}.*.log')
+    undisturbed(name, processes, log)
     whole = digest(outputs(name))
     removed([*outputs(name), run])
     done, log = 0, log.with_suffix('.killed')
@@ -124,7 +130,7 @@ def stage_killed(name: str, kills: list[float], processes: int) -> tuple[int, bo
         step = int(share * steps)
         if forked(lambda rank: run_cells(name, step), processes, log): break      # its checkpoint was beyond that step
         done += 1
-    if not forked(lambda rank: run_cells(name), processes, log): raise SystemExit(f'{name} failed: see {log.resolve()}.*.log')
+    undisturbed(name, processes, log)
     return done, digest(outputs(name)) == whole, time.monotonic() - began
 
 
@@ -134,13 +140,15 @@ def smoke(kills: int, processes: int, stages, seed: int, tree: Path) -> bool:
     os.environ.update(PYTHONHASHSEED='0', OMP_NUM_THREADS='1', MPLBACKEND='agg')
     import_everything()
     draw, chosen = random.Random(seed), [s for s in STAGES if s in stages]
-    share = {s: sorted(draw.random() for _ in range(kills * (i + 1) // len(chosen) - kills * i // len(chosen))) for i, s in enumerate(chosen)}
+    number = {s: kills * (i + 1) // len(chosen) - kills * i // len(chosen) for i, s in enumerate(chosen)}
+    share = {s: sorted(draw.random() for _ in range(n)) for s, n in number.items()}
     prepare()
     total, well = 0, True
     for name in STAGES[:STAGES.index(chosen[-1]) + 1]:
         done, same, seconds = stage_killed(name, share.get(name, []), processes)
         total, well = total + done, well and same
-        print(f'{name:22}{processes} process{"es" if processes > 1 else "":3} killed {done} times, {"same bytes" if same else "OTHER BYTES"}, {seconds:.0f} s', flush=True)
+        same = 'same bytes' if same else 'OTHER BYTES'
+        print(f'{name:22}{processes} process(es), killed {done} times, {same}, {seconds:.0f} s', flush=True)
     print(f'killed {total} times in all: {"same bytes everywhere" if well else "OTHER BYTES"}')
     return well and total > 0
 
@@ -148,13 +156,13 @@ def smoke(kills: int, processes: int, stages, seed: int, tree: Path) -> bool:
 def import_everything():
     "What the stages import, without any computation: a fork must not inherit threads."
     import spar.core, spar.training.loop, spar.training.stage, spar.running.profiles      # noqa: E401, F401
-    import spar.tokenizer.training, spar.unified.training, spar.world.pictures, spar.scale.data.corpus, matplotlib.pyplot, IPython.display      # noqa: E401, F401
+    import spar.tokenizer.training, spar.unified.training, spar.world.pictures, spar.scale.data.corpus      # noqa: E401, F401
+    import matplotlib.pyplot, IPython.display      # noqa: E401, F401
 
 
 def prepare():
     "The stage before the first: random backbones."
     def work(rank):
-        run = f'runs/{PROFILE}/prepare'
         from spar.running.profiles import notebook_of, resolved
         from spar.training.notebook import code_cells, python_of
         params, names = resolved('prepare', PROFILE), dict(__name__='__main__')
@@ -198,14 +206,15 @@ def toy(folder: Path) -> str:  # digest of the trained weights
         def __getitem__(self, k):
             return dict(x=torch.randn(4, generator=torch.Generator().manual_seed(int(k))), index=k)
 
-    objective, settings = Toy(), dict(steps=5, batch_size=4, ema=.9, log_every=2, save_every=1, keep_last=2, precision='no')
-    history = fit(objective, Data(), TrainConfig(**settings), 0, folder, 'toy')
+    objective = Toy()
+    train = TrainConfig(steps=5, batch_size=4, ema=.9, log_every=2, save_every=1, keep_last=2, precision='no')
+    history = fit(objective, Data(), train, 0, folder, 'toy')
     tensors = b''.join(v.numpy().tobytes() for v in objective.state_dict().values())
     return hashlib.sha256(tensors + repr(history.rows).encode()).hexdigest()
 
 
 def dying_at_call(number: int, after: bool) -> list:
-    "From now on, this process ends itself before (or after) the call of that number of fsync, rename, replace, exchange."
+    "From now on, this process ends itself before (or after) the Nth call of fsync, rename, replace or exchange."
     import spar.core as core
     counted = []
     def dying(function):
@@ -240,13 +249,14 @@ def faults(processes: int, every: int, tree: Path) -> bool:
             if (found := trained(folder)[0]) != whole:
                 print(f'died {"after" if after else "before"} call {number}: OTHER BYTES')
                 return False
-    print(f'{processes} process{"es" if processes > 1 else ""}: died before and after {"each" if every == 1 else f"every {every}th"} of {calls} calls of '
-          f'fsync, rename and exchange, always the same bytes, {time.monotonic() - began:.0f} s')
+    where = 'each' if every == 1 else f'every {every}th'
+    print(f'{processes} process(es): died before and after {where} of {calls} calls of fsync, rename and exchange, '
+          f'always the same bytes, {time.monotonic() - began:.0f} s')
     return True
 
 
 def replaced(tree: Path) -> bool:
-    "A saved folder takes the place of an earlier one: at every instant one of the two can be read, also without exchange."
+    "A saved folder takes the place of an earlier one: at every instant one of the two can be read."
     import spar.core as core
     log, calls, target = tree/'replaced', tree/'calls', tree/'model'
     def saved(n: int, number: int, after: bool, exchange: bool):
@@ -269,7 +279,7 @@ def replaced(tree: Path) -> bool:
                     print(f'died {"after" if after else "before"} call {number}: neither of the two')
                     return False
                 assert saved(0, 0, False, exchange)
-    print(f'a folder that replaces a folder: always one of the two, {calls.read_text()} calls, with exchange of names and without')
+    print(f'a folder that replaces a folder: always one of the two, {calls.read_text()} calls, with exchange and without')
     return True
 
 

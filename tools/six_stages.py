@@ -17,7 +17,6 @@ the run that nobody killed: the largest difference, the share of weights farther
 difference against that of the weights.
 """
 import argparse
-import json
 import shutil
 import signal
 import subprocess

@@ -11,7 +11,6 @@ import copy
 from dataclasses import dataclass, fields
 from ..core import Config, Decay, freeze, need_finite, NonNegativeFloat, one_of, PositiveInt, Share, to_uint8
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .adversary import critic_score, hinge, lecam, PatchCritic

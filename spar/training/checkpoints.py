@@ -16,7 +16,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from ..core import atomic_path, file_hash, is_first, one_of, read_json
+from ..core import atomic_path, file_hash, is_first, one_of
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError

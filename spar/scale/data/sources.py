@@ -9,7 +9,6 @@ __all__ = ['COUNTS', 'Source', 'Folder', 'Table', 'Shards', 'SourceConfig', 'kin
 import bisect
 import io
 import json
-import math
 import os
 import tarfile
 from collections import OrderedDict
