@@ -6,30 +6,20 @@
 __all__ = ['checked_texts', 'SparOutput', 'SparPipeline']
 
 # %% ../nbs/using/pipeline.ipynb #921a4bd0
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from .core import atomic_path, autocast, freeze, pick_device, read_config, write_config
 import torch
 from .backbones.mllm import load_mllm, MLLM, save_mllm
-from .backbones.words import encode_text, UnknownWord
+from .backbones.texts import check_text, UnknownWord
+from .backbones.words import encode_text
 from .images import from_pil, read_image, squared, to_pil
 from .tokenizer.model import Tokenizer
 from .unified.model import Unified
 
 # %% ../nbs/using/pipeline.ipynb #e411eeab
-_MAX_WORDS = 100
-
 def _as_list(x) -> list: return list(x) if isinstance(x, (list, tuple)) else [x]
-
-def _check_text(t, what: str):
-    "A TypeError or ValueError for what no tokenizer has to see."
-    if not isinstance(t, str): raise TypeError(f'{what}: expected text, got {type(t).__name__}.')
-    if not t.strip(): raise ValueError(f'{what}: the text is empty. Say what you want, for example "a red star".')
-    if (n := len(t.split())) > _MAX_WORDS: raise ValueError(f'{what}: {n} words; at most {_MAX_WORDS} are read.')
-    if found := re.search(r'<[^>\s]*>', t):
-        raise ValueError(f'{what}: {found[0]!r} is written like a special token; leave it out.')
 
 # %% ../nbs/using/pipeline.ipynb #a24e542e
 def checked_texts(
@@ -39,9 +29,9 @@ def checked_texts(
 ) -> list[str]:
     "Texts that the model can read, or an error that says which cannot and why."
     for t in (texts := _as_list(texts)):
-        _check_text(t, what)
+        check_text(t, what)
         try: encode_text(tokenizer, t)
-        except UnknownWord as e: raise UnknownWord(f'{what}: {e} The command `spar_words` lists them.') from None
+        except UnknownWord as e: raise UnknownWord(f'{what}: {e}') from None
     if not texts: raise ValueError(f'{what}: the list is empty.')
     return texts
 
@@ -171,7 +161,7 @@ class _Answers:
         self,
         image,  # path, PIL image, or a list
         question,  # text, or a list as long as the images
-        max_new_tokens: int = 8,
+        max_new_tokens: int | None = None,  # None: 8 words, or 64 pieces of words; a cut answer is a warning
     ):  # -> text, or a list if either was a list
         "Answer questions about pictures, seen through the tuned encoder."
         texts, (x, _) = checked_texts(question, self.mllm.tokenizer, 'question'), self.pictures(image)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'mini_mllm', 'pixel_shuffle', 'Encoder', 'pad_left', 'position_ids', 'MLLM',
-           'read_layers', 'load_mllm', 'save_mllm']
+           'read_layers', 'AnswerCut', 'load_mllm', 'save_mllm']
 
 # %% ../../nbs/backbones/mllm.ipynb #c7a154be
+import warnings
 from functools import partial
 from ..core import atomic_path, freeze, pick_device
 import torch
@@ -242,26 +243,41 @@ def states(
     return [read[k] for k in layers]
 
 # %% ../../nbs/backbones/mllm.ipynb #837be255
+class AnswerCut(UserWarning):
+    "An answer did not end within the tokens that it was given."
+
+def _warn_of_cuts(
+    out: torch.Tensor,  # [B, T] token ids
+    eos,  # the id, or a list of ids, that ends an answer
+):
+    "A warning that counts the answers that have no end."
+    cut = int((~torch.isin(out, torch.as_tensor(eos, device=out.device)).any(1)).sum())
+    said = f'{cut} of {len(out)} answers cut after {out.shape[1]} tokens; a larger max_new_tokens reads on.'
+    if cut: warnings.warn(said, AnswerCut, stacklevel=2)
+
+# %% ../../nbs/backbones/mllm.ipynb #837be256
 @patch
 @torch.no_grad()
 def answer(
     self: MLLM,
     images: torch.Tensor | None,  # [B, 3, H, W] in [-1, 1], or None
     questions: list,  # B texts
-    max_new_tokens: int = 8,
+    max_new_tokens: int | None = None,  # None: 8 whole words, or 64 pieces of words (ours)
     encoder: nn.Module | None = None,  # another (tuned) encoder in place of the model's own
 ) -> list:  # B answers
-    "Greedy answers, one question a picture."
+    "Greedy answers, one question a picture; an answer that does not end in time is cut, with an `AnswerCut` warning."
     ids, mask = pad_left([self.chat_ids(q, images is not None) for q in questions], self.pad_token, self.device)
     embeds = self.embed(ids)
     if images is not None:
         f_v = (encoder or self.encoder)(images.to(self.device))
         embeds = self.splice(embeds, ids == self.image_token, f_v)
     eos = self.hf.generation_config.eos_token_id or self.hf.config.text_config.eos_token_id
+    limit = (8 if is_word_level(self.tokenizer) else 64) if max_new_tokens is None else max_new_tokens
     out = self.hf.generate(
-        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=limit, do_sample=False,
         eos_token_id=eos, pad_token_id=self.pad_token,
     )
+    _warn_of_cuts(out, -1 if eos is None else eos)
     return [t.strip() for t in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 # %% ../../nbs/backbones/mllm.ipynb #e3c6158e
