@@ -43,7 +43,7 @@ LR = 1e-4
 CLOSE, SHARE = 4 * LR, .01    # two steps of opposite sign; the share of weights that may be farther off than 1e-5
 TWO = [
     'accelerate-launch', '--config_file', 'configs/accelerate/ddp.yaml', '--num_processes', '2',
-    '--main_process_port', '0', '-m', 'spar.running.runner',
+    '--main_process_port', '0', '-m', 'spar', 'stage',
 ]
 
 
