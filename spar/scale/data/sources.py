@@ -241,7 +241,7 @@ def _known_counts(path) -> dict:     # shard -> [bytes, samples]
     return {n: v for n, v in table.items() if _is_count(v)} if isinstance(table, dict) else {}
 
 # %% ../../../nbs/scale/data/sources.ipynb #a4b52fab
-_UNCOUNTED = '{} shards are being counted; `spar_data check --counts` does it once for all'
+_UNCOUNTED = '{} shards are being counted; `spar data check --counts` does it once for all'
 
 class Shards(Source):
     "A folder of WebDataset shards: uncompressed `*.tar`, a sample's members side by side."
