@@ -143,7 +143,7 @@ def targets(
     prompts: int | None,  # how many, of a list; None: one prompt that is not of a list
     num: int,  # pictures of each
 ) -> list[list[Path]]:  # the files of each prompt
-    "FILE, FILE-1, FILE-2, ... of one prompt; of a list, FILE-001 and FILE-001-1, ..., numbered as the list is."
+    "FILE, FILE-1, FILE-2, ... of one prompt; FILE-001, FILE-001-1, ..., FILE-002, ... of a list of a hundred and more."
     path = Path(out)
     check_target(path)
     wide = len(str(prompts))
@@ -214,7 +214,7 @@ def generate(
     prompt: str | None = None,  # what to draw, in words of `spar words`
     *,
     prompts: str | None = None,  # a file of prompts instead, one a line, empty lines skipped; - is standard input
-    out: str = 'out.png',  # where to write, the ending decides the format; of a list: out-001.png, out-002.png, ...
+    out: str = 'out.png',  # where to write, the ending decides the format; of a list: out-1.png, out-2.png, ...
     num: int = 1,  # pictures of each prompt; the further ones get -1, -2, ... before the ending
     steps: int = 20,  # from noise to picture, 1 to 1000
     guidance: float = 4.5,  # how hard to follow the text, 0 to 100
@@ -227,7 +227,7 @@ def generate(
     examples
       spar generate "a red star left of a blue heart on a white background" --out out.png
       spar generate "two green clouds" --num 4 --seed 7
-      spar generate --prompts prompts.txt --out drawn.png      drawn-1.png, drawn-2.png, ... for 9 prompts or fewer
+      spar generate --prompts prompts.txt --out drawn.png      drawn-1.png, drawn-2.png, ...; of 100: drawn-001.png
       spar words                                               which words the model knows"""
     if (prompt is None) == (prompts is None): raise UsageError('give either a prompt or --prompts FILE.')
     check_device(device)

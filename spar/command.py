@@ -92,7 +92,7 @@ def _summary(place) -> str:
     "One line about a command, or about the module of a group."
     if isinstance(place, str): about = _function(place).__doc__
     else: about = sys.modules[_function(next(iter(place.values()))).__module__].__doc__
-    return inspect.cleandoc(about or '').split('\n\n')[0].replace('\n', ' ')
+    return ' '.join(inspect.cleandoc(about or '').split('\n\n')[0].split()).partition('. ')[0].rstrip('.') + '.'
 
 # %% ../nbs/using/command.ipynb #11cdb731
 def _overview(name: str, table: dict) -> str:

@@ -64,7 +64,7 @@ def models(
     examples
       spar models --profile spar-1b                        table of parts, counted without memory
       spar models --profile spar-1b --cost                 and what each training stage costs
-      spar models check --profile spar-1b                  are the folders of the profile (prepare.bases) the right ones?
+      spar models check --profile spar-1b                  are the folders in prepare.bases the right ones?
       spar models check --bases DIR --own                  do the files of DIR fit their own config.json? (cut depth)
       spar models --random DIR --profile spar-1b           random weights, real widths, 6 layers a stack (2 GB)
       spar models --random DIR --profile spar-3b --full    the same at full depth (17 GB on disk; spar-1b: 10 GB)
