@@ -148,8 +148,7 @@ def targets(
     check_target(path)
     wide = len(str(prompts))
     firsts = [path.stem] if prompts is None else [f'{path.stem}-{n:0{wide}}' for n in range(1, prompts + 1)]
-    name = lambda first, k: path.with_name(f'{first}{f"-{k}" if k else ""}{path.suffix}')
-    files = [[name(first, k) for k in range(num)] for first in firsts]
+    files = [[path.with_name(f'{first}{f"-{k}" if k else ""}{path.suffix}') for k in range(num)] for first in firsts]
     for file in (f for of_one in files for f in of_one):
         if file.is_dir(): raise ValueError(f'{file} is a folder, where a picture would be: choose another --out.')
     return files
@@ -304,7 +303,7 @@ def answer(
     image: str,  # a picture file of any format, mode and size
     question: str,  # in words of `spar words`
     *,
-    max_tokens: int | None = None,  # the longest answer (default: 8 words, or 64 pieces where a model splits words)
+    max_tokens: int | None = None,  # the longest answer (default: 8 words, or 128 pieces where a model splits words)
     model: str | None = None,  # a SparPipeline folder (default: the profile's in params.yaml; `make repro` makes it)
     device: str | None = None,  # cpu, cuda, cuda:1, mps (default: the best there is)
 ):

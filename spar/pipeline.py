@@ -161,7 +161,7 @@ class _Answers:
         self,
         image,  # path, PIL image, or a list
         question,  # text, or a list as long as the images
-        max_new_tokens: int | None = None,  # None: 8 words, or 64 pieces of words; a cut answer is a warning
+        max_new_tokens: int | None = None,  # None: 8 words, or 128 pieces of words; a cut answer is a warning
     ):  # -> text, or a list if either was a list
         "Answer questions about pictures, seen through the tuned encoder."
         texts, (x, _) = checked_texts(question, self.mllm.tokenizer, 'question'), self.pictures(image)

@@ -236,7 +236,7 @@ def test_a_model_of_word_pieces_has_room_for_a_sentence(monkeypatch):
         warnings.simplefilter('ignore', mllm.AnswerCut)
         pipe.mllm.answer(None, ['is there a star'])
         monkeypatch.setattr(mllm, 'is_word_level', lambda tokenizer: False); pipe.mllm.answer(None, ['is there a star']); pipe.mllm.answer(None, ['is there a star'], 3)
-    assert asked == [8, 64, 3]
+    assert asked == [8, 128, 3]
 
 
 # ---- what a terminal cannot print, and where we are ------------------------------------------------------------------

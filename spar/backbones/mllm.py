@@ -262,7 +262,7 @@ def answer(
     self: MLLM,
     images: torch.Tensor | None,  # [B, 3, H, W] in [-1, 1], or None
     questions: list,  # B texts
-    max_new_tokens: int | None = None,  # None: 8 whole words, or 64 pieces of words (ours)
+    max_new_tokens: int | None = None,  # None: 8 whole words, or 128 pieces of words (ours)
     encoder: nn.Module | None = None,  # another (tuned) encoder in place of the model's own
 ) -> list:  # B answers
     "Greedy answers, one question a picture; an answer that does not end in time is cut, with an `AnswerCut` warning."
@@ -272,7 +272,7 @@ def answer(
         f_v = (encoder or self.encoder)(images.to(self.device))
         embeds = self.splice(embeds, ids == self.image_token, f_v)
     eos = self.hf.generation_config.eos_token_id or self.hf.config.text_config.eos_token_id
-    limit = (8 if is_word_level(self.tokenizer) else 64) if max_new_tokens is None else max_new_tokens
+    limit = (8 if is_word_level(self.tokenizer) else 128) if max_new_tokens is None else max_new_tokens
     out = self.hf.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=limit, do_sample=False,
         eos_token_id=eos, pad_token_id=self.pad_token,

@@ -12,14 +12,15 @@ from pathlib import Path
 from ..command import UsageError
 
 # %% ../../nbs/running/cli.ipynb #604c133d
+def _is_root(folder: Path) -> bool: return (folder/'nbs'/'stages').is_dir() and (folder/'configs').is_dir()
+
 def need_checkout(
     what: str,  # the command, for the message
 ):
     "An error unless the working directory is the root of a checkout: there are the notebooks and configurations."
-    is_root = lambda folder: (folder/'nbs'/'stages').is_dir() and (folder/'configs').is_dir()
     here = Path.cwd()
-    if is_root(here): return
-    root = next(filter(is_root, here.parents), None)
+    if _is_root(here): return
+    root = next(filter(_is_root, here.parents), None)
     cure = f'Run it in {root}.' if root else 'Clone the repository, and run it there.'
     why = f'`{what}` works on a checkout of the repository, and {here} is not the root of one.'
     raise FileNotFoundError(f'{why} {cure}')
