@@ -253,7 +253,8 @@ def to_unit(img: torch.Tensor) -> torch.Tensor:
     return img.float() / 127.5 - 1
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    "float in [-1, 1] -> uint8, clamped and rounded."
+    "float in [-1, 1] -> uint8, clamped and rounded; NaN and inf, which have no colour, are a ValueError."
+    if not x.isfinite().all(): raise ValueError('a picture with NaN or inf inside cannot be rounded to 8 bit.')
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 # %% ../nbs/01_core.ipynb #3fd8ae4c

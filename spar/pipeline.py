@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from .core import atomic_path, autocast, freeze, pick_device, read_config, write_config
+from .core import autocast, freeze, pick_device, read_config, write_config
 import torch
+from .backbones.folders import saved_folder
 from .backbones.mllm import load_mllm, MLLM, save_mllm
 from .backbones.words import encode_text, UnknownWord
 from .images import from_pil, read_image, squared, to_pil
@@ -160,7 +161,7 @@ class _Reconstructs:
     ) -> SparOutput:
         "Encode and decode: what the latent keeps of a picture."
         x, notes = self.pictures(image)
-        again = lambda images: self.image_tokenizer.reconstruct(images.to(self.device)).float().clamp(-1, 1)
+        again = lambda images: self.image_tokenizer.reconstruct(images.to(self.device))
         with autocast(self.device, self.precision): out = [again(x[b]) for b in _batches(len(x), batch_size)]
         return SparOutput(to_pil(torch.cat(out)), notes)
 
@@ -211,8 +212,7 @@ class _Files:
         record: dict | None = None,  # where it comes from: profile, seed, commit; None: what it was loaded with
     ):
         "Write the whole pipeline. The alignment head, for training only, is left out."
-        with atomic_path(folder) as tmp:
-            tmp.mkdir()
+        with saved_folder(folder) as tmp:
             index = dict(_class_name='SparPipeline', parts=list(_PARTS))
             write_config(tmp/'model_index.json', index | dict(record=self.record if record is None else record))
             save_mllm(self.mllm, tmp/'mllm', torch.float32)

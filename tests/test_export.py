@@ -109,7 +109,9 @@ def test_nothing_is_replaced_by_accident(pipe, tmp_path):
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/thesis.tex').write_text('x')
     with pytest.raises(FileExistsError, match='--overwrite'): export(pipe, 'tokenizer', tmp_path/'mine')
     assert (tmp_path/'mine/thesis.tex').read_text() == 'x'
-    export(pipe, 'tokenizer', tmp_path/'mine', overwrite=True); assert not (tmp_path/'mine/thesis.tex').exists()
+    with pytest.raises(FileExistsError, match='thesis.tex'): export(pipe, 'tokenizer', tmp_path/'mine', overwrite=True)
+    assert (tmp_path/'mine/thesis.tex').read_text() == 'x'
+    for kind in ('tokenizer', 'pipeline', 'internvl'): export(pipe, kind, tmp_path/'own', overwrite=True)     # an earlier export is replaced
     with pytest.raises(ValueError, match='belongs to internvl'): export(pipe, 'tokenizer', tmp_path/'other', processor=tmp_path)
 
 def test_the_processor_of_the_original_folder_is_kept(pipe, tmp_path):

@@ -8,7 +8,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'mini_mllm', 'pixel_shuffle', 'Encod
 
 # %% ../../nbs/backbones/mllm.ipynb #c7a154be
 from functools import partial
-from ..core import atomic_path, freeze, pick_device
+from ..core import freeze, pick_device
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transformers import (
     AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config,
 )
 from transformers.masking_utils import create_causal_mask
-from .folders import cast, check_loading, need_folder
+from .folders import cast, check_loading, need_folder, saved_folder
 from .words import encode_text, is_word_level, make_tokenizer
 
 # %% ../../nbs/backbones/mllm.ipynb #6e437153
@@ -277,6 +277,6 @@ def load_mllm(path, side: int | None = None, dtype=torch.float32) -> MLLM:
 # %% ../../nbs/backbones/mllm.ipynb #10a14ad4
 def save_mllm(mllm: MLLM, path, dtype=torch.bfloat16):
     "Write config, weights and tokenizer in the layout that `load_mllm` reads."
-    with atomic_path(path) as tmp:
+    with saved_folder(path) as tmp:
         cast(mllm.hf, dtype).save_pretrained(tmp)
         mllm.tokenizer.save_pretrained(tmp)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from ..core import atomic_path, freeze, n_params, one_of, pick_device, read_config, read_json, write_json
 import torch
 from safetensors.torch import load_file, save_file
+from ..backbones.folders import saved_folder
 from ..backbones.mllm import Encoder, IMAGENET_MEAN, IMAGENET_STD
 from ..backbones.words import is_word_level
 from ..pipeline import SparPipeline
@@ -257,15 +258,15 @@ def export(
     half: bool = False,  # weights in bfloat16
     processor=None,  # internvl: folder of the original checkpoint, whose processor is copied
     metrics=(),  # metrics files for the card
-    overwrite: bool = False,
+    overwrite: bool = False,  # of an earlier export; a folder that holds anything else is never replaced
 ) -> Path:
     "Write one kind of folder in one step."
     out, kind = Path(out), one_of(kind, _KINDS, 'kind')
     if out.exists() and not overwrite:
-        raise FileExistsError(f'{out} exists. Choose another folder, or replace it with --overwrite.')
+        raise FileExistsError(f'{out} exists. Choose another folder, or replace an earlier export with --overwrite.')
     if processor is not None and kind != 'internvl': raise ValueError(f'processor belongs to internvl, not to {kind}.')
     card = model_card(kind, _card_sizes(pipe, kind), metrics, 'bfloat16' if half else 'float32')
-    with atomic_path(out) as tmp:
+    with saved_folder(out) as tmp:
         _write(pipe, kind, tmp, processor)
         if half: _halve(tmp)
         (tmp/'README.md').write_text(card)
@@ -289,7 +290,7 @@ def _parser(model: str) -> argparse.ArgumentParser:
     add('--out', required=True, metavar='FOLDER')
     add('--model', default=model, metavar='FOLDER', help=f'a SparPipeline folder (default: {model})')
     add('--half', action='store_true', help='weights in bfloat16')
-    add('--overwrite', action='store_true', help='replace an existing folder')
+    add('--overwrite', action='store_true', help='replace an earlier export, never a folder that holds anything else')
     add('--processor', metavar='FOLDER', help='internvl: the original checkpoint, whose processor is copied')
     add('--metrics', nargs='*', default=[], metavar='FILE', help='metrics files for the model card')
     return p

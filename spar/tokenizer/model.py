@@ -9,13 +9,14 @@ __all__ = ['TokenizerConfig', 'Encoded', 'load_tensors', 'load_exactly', 'Tokeni
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, is_first, read_config, write_config
+from ..core import Config, freeze, is_first, read_config, write_config
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from ..backbones.folders import saved_folder
 from ..backbones.mllm import load_mllm, MLLM
 from .latents import from_dit, latent_pairs, latent_stats_of, LatentStats, to_dit
 from .streams import DualStream, own_seed, StreamsConfig, to_grid
@@ -77,8 +78,7 @@ def _save(tokenizer: _Autoencoder, folder):
     "Write config.json and model.safetensors in one step, in the first process alone."
     if not is_first(): return
     state = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    with saved_folder(folder) as tmp:
         write_config(tmp/'config.json', tokenizer.cfg.to_dict())
         save_file(state, tmp/'model.safetensors')
 
