@@ -177,7 +177,7 @@ def check_finite(
     names=None,  # of the B pictures; else their numbers
 ):
     "A ValueError that names the pictures with NaN or inf inside."
-    fine = images.isfinite().flatten(1).all(1).tolist()
+    fine = images.isfinite().reshape(len(images), -1).all(1).tolist()
     names = [f'picture {k} of {len(fine)}' for k in range(len(fine))] if names is None else names
     bad = [str(n) for n, ok in zip(names, fine) if not ok]
     if bad: raise ValueError(f'{", ".join(bad)}: NaN or inf inside. Nothing of it is written or scored.')
