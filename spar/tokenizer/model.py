@@ -13,6 +13,7 @@ from ..core import Config, freeze, read_config, read_json
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from diffusers import ModelMixin  # noqa: F401  a pipeline looks for it beside the class that it loads
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file

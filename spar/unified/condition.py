@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from ..core import Config, freeze, normal, pick_device
 import torch
+from diffusers import ModelMixin  # noqa: F401  a pipeline looks for it beside the class that it loads
 from fastcore.basics import patch
 from torch import nn, Tensor
 from transformers import Qwen2Config
@@ -138,7 +139,7 @@ class Condition(SavedModel):
 
     def __init__(
         self,
-        language: MLLM | dict,  # frozen, by reference, never saved with this module; or its language model's configuration
+        language: MLLM | dict,  # frozen, by reference, never saved here; or its language model's configuration
         C: int,  # the transformer's caption width
         cfg: ConditionConfig | dict | None = None,
         seed: int = 0,  # of the queries

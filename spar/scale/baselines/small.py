@@ -40,7 +40,7 @@ def _write_internvl(bases: Path, out):
     from spar.scale.export import harness_processor
     mllm = load_mllm(bases/'mllm')
     mllm.hf.save_pretrained(out)
-    harness_processor(SimpleNamespace(mllm=mllm, side=mllm.side)).save_pretrained(out)
+    harness_processor(SimpleNamespace(opened_mllm=mllm, tokenizer=mllm.tokenizer, side=mllm.side)).save_pretrained(out)
 
 # %% ../../../nbs/scale/baselines/small.ipynb #10705196
 def _small_clip(tk):
