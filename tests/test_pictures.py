@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_unified
 from spar.backbones.dcae import DCAE, mini_dcae, save_dcae
 from spar.backbones.mllm import save_mllm
 from spar.backbones.perceptual import save_lpips
@@ -23,14 +23,14 @@ WORDS = ['a red star left of blue heart what colour is this ?']
 def pipe(): return tiny_pipeline(WORDS)
 
 def _sana(pipe):
-    tk = pipe.mllm.tokenizer
+    tk = pipe.tokenizer
     return Text2Image(mini_sana(text_dim=24, layers=1, heads=2, head_dim=16), mini_text_encoder(tk, dim=24, layers=1), tk)
 
 WRITERS = dict(
-    pipeline=lambda pipe, to: pipe.save_pretrained(to),
+    pipeline=lambda pipe, to: pipe.save_pretrained(to), condition=lambda pipe, to: pipe.condition.save_pretrained(to),
     tokenizer=lambda pipe, to: pipe.image_tokenizer.save_pretrained(to),
-    unified=lambda pipe, to: pipe.unified.save_pretrained(to),
-    mllm=lambda pipe, to: save_mllm(pipe.mllm, to),
+    unified=lambda pipe, to: tiny_unified(WORDS).save_pretrained(to),
+    mllm=lambda pipe, to: save_mllm(pipe.opened_mllm, to),
     dcae=lambda pipe, to: save_dcae(DCAE(mini_dcae(channels=(16, 16), enc_layers=(0, 1), dec_layers=(0, 1))), to),
     sana=lambda pipe, to: save_sana(_sana(pipe), to),
     lpips=lambda pipe, to: save_lpips({'0.weight': torch.ones(2)}, to),

@@ -1,5 +1,5 @@
 """What a user of diffusers types: each call works as there, or its error names the argument and what to use instead."""
-import copy, io, json, pickle, threading
+import copy, io, json, pickle, re, shutil, threading
 from pathlib import Path
 import spar.core  # noqa: F401  declares what diffusers may miss in torchvision, so it comes first
 import diffusers
@@ -69,6 +69,14 @@ def test_unknown_keys_are_errors(name, pipe, tmp_path):
     for load in (SparPipeline, DiffusionPipeline):
         with pytest.raises(ValueError, match='sidee'): load.from_pretrained(tmp_path/'p')
 
+@pytest.mark.parametrize('part', ['mllm/model.safetensors', *(f'{p}/diffusion_pytorch_model.safetensors' for p in ('image_tokenizer', 'condition', 'transformer')),
+                                  *(f'{p}/config.json' for p in ('condition', 'image_tokenizer', 'mllm', 'transformer')), 'tokenizer/tokenizer.json', 'scheduler/scheduler_config.json', 'model_index.json'])
+@pytest.mark.parametrize('damage', ['missing', 'cut'])
+def test_damaged_models_name_the_part(folder, tmp_path, part, damage):
+    shutil.copytree(folder, tmp_path/'pipe'); file = tmp_path/'pipe'/part
+    file.unlink() if damage == 'missing' else file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises((ValueError, OSError), match=re.escape(part.split('/')[0]) + '(?s:.*)(dvc|make)'): SparPipeline.from_pretrained(tmp_path/'pipe', 'cpu')
+
 def test_a_half_file_is_an_error(pipe, tmp_path):
     from safetensors.torch import load_file, save_file
     for part, file in (('mllm', 'model'), ('transformer', 'diffusion_pytorch_model'), ('condition', 'diffusion_pytorch_model'), ('image_tokenizer', 'diffusion_pytorch_model')):
@@ -94,7 +102,10 @@ def test_push_to_hub_uploads_what_is_saved(pipe, monkeypatch, tmp_path):
     def upload(self, folder, repo_id, **kw): seen.update(repo=repo_id, files=sorted(p.name for p in Path(folder).iterdir()))
     monkeypatch.setattr('diffusers.utils.hub_utils.PushToHubMixin._upload_folder', upload)
     class Repo: repo_id = 'someone/pipe'
+    class Card:
+        def save(self, path): Path(path).write_text('a card')
     monkeypatch.setattr('diffusers.utils.hub_utils.create_repo', lambda *a, **kw: Repo)
+    for name in ('load_or_create_model_card', 'populate_model_card'): monkeypatch.setattr(f'diffusers.utils.hub_utils.{name}', lambda *a, **kw: Card())
     pipe.save_pretrained(tmp_path/'pipe', push_to_hub=True, repo_id='someone/pipe')
     assert seen['repo'] == 'someone/pipe' and {'model_index.json', *PARTS} <= set(seen['files']) and (tmp_path/'pipe/model_index.json').is_file()
 
@@ -248,11 +259,14 @@ def test_what_is_done_to_an_oblong_is_said(fit, pipe):
 # schedulers
 
 def test_two_schedulers_agree(pipe):
-    euler, dpm = copy.deepcopy(pipe), pipe('a red star', 40, output_type='latent').images
-    euler.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    distance = lambda steps: (euler('a red star', steps, output_type='latent').images - dpm).abs().mean() / dpm.abs().mean()
-    far, near = distance(10), distance(160)
-    assert near < .01 and near < far / 4, (far, near)
+    "Of random weights, in shares of the latent's mean size: 1 to 2 % apart at 20 steps, below 0.4 % at 640; in pixels less than half a grey level."
+    euler = copy.deepcopy(pipe); euler.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    def distance(steps):
+        a, b = (p('a red star', steps, 1., output_type='latent').images for p in (euler, pipe))
+        assert (pipe.decode(a) - pipe.decode(b)).abs().max() * 127.5 < .5
+        return ((a - b).abs().mean() / b.abs().mean()).item()
+    far, near = distance(20), distance(640); print(far, near)
+    assert near < .004 and near < far / 4, (far, near)
     assert json.loads(euler.to_json_string())['scheduler'] == ['diffusers', 'FlowMatchEulerDiscreteScheduler']
 
 def test_a_scheduler_is_saved_and_loaded(pipe, tmp_path):
@@ -265,9 +279,9 @@ def test_other_schedulers_say_what_to_use(pipe):
     p = copy.deepcopy(pipe); p.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match='DDIMScheduler.*FlowMatchEuler'): p('a red star', 2)
 
-def test_many_steps(pipe):
+def test_one_step(pipe):
     for scheduler in (pipe.scheduler, FlowMatchEulerDiscreteScheduler()):
-        p = copy.deepcopy(pipe); p.scheduler = scheduler; assert len(p('a red star', 150).images) == 1 and len(p('a red star', 1).images) == 1
+        p = copy.deepcopy(pipe); p.scheduler = scheduler; assert len(p('a red star', 1).images) == 1
 
 
 # parts that may be absent, folders of earlier formats
