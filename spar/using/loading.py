@@ -41,7 +41,8 @@ def _part_of(folder: Path, name: str, load, **kw):
 
 # %% ../../nbs/using/loading.ipynb #ebaf7109
 def _strictly(cls, folder: Path, **options):
-    "A network of a library, whose tensors must be those of the folder."
+    "A network of a library, whose tensors must be those of the folder. Without config.json transformers builds a default."
+    if not (folder/'config.json').is_file(): raise FileNotFoundError('config.json is missing')
     net, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     check_loading(info, folder, cls.__name__)
     return net
@@ -105,6 +106,10 @@ def load_plain(cls, folder: Path, dtype, precision: str, options: dict):
 def load_by_diffusers(loader, folder, precision: str, options: dict):
     "What needs the library's own way: the Hub, variants, device maps."
     options = {k: v for k, v in options.items() if k != 'dtype'}
+    for name in PARTS[:1] + PARTS[2:5]:
+        part = Path(folder)/name
+        if part.is_dir() and not (part/'config.json').is_file():
+            raise ValueError(f'{part} is damaged: config.json is missing. Delete {str(folder)!r} and {_REMAKE}')
     try: pipe = loader.from_pretrained(str(folder), **options)
     except OSError as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
