@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from .backbones.texts import check_text, check_words, UnknownWord, whole_words
+from .backbones.texts import check_text, check_words, plain_text, UnknownWord, whole_words
 from .command import UsageError
 from .training.notebook import profile_name
 
@@ -76,7 +76,7 @@ def check_asked(
     for name, text in asked:
         check_text(text, name)
         if vocab is None: continue
-        try: check_words(text, set(vocab))
+        try: check_words(plain_text(text), set(vocab))
         except UnknownWord as e: raise UnknownWord(f'{name}: {e}') from None
 
 # %% ../nbs/using/cli.ipynb #cb872a10
@@ -307,7 +307,7 @@ def answer(
     model: str | None = None,  # a SparPipeline folder (default: the profile's in params.yaml; `make repro` makes it)
     device: str | None = None,  # cpu, cuda, cuda:1, mps (default: the best there is)
 ):
-    """Answer a question about a picture. An answer that was cut off is followed by a note.
+    """Answer a question about a picture. How that was cropped and resized is said, and an answer that was cut off.
 
     examples
       spar answer photo.png "how many hearts are there"
@@ -321,8 +321,9 @@ def answer(
 
 # %% ../nbs/using/cli.ipynb #3c66f0c7
 def _answer(pipe, image: str, question: str, max_tokens: int | None):
-    "Print the answer, and whether it was cut."
+    "Print the answer; say how the picture was cropped and resized, and whether the answer was cut."
     from spar.backbones.mllm import AnswerCut
+    for note in pipe.pictures(image)[1]: _note(note)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always', AnswerCut)
         print(pipe.answer(image, question, max_new_tokens=max_tokens))

@@ -218,8 +218,7 @@ def test_a_reconstruction_that_is_not_finite_names_its_picture(value, tmp_path):
 
 def test_a_drawing_that_is_not_finite_names_its_prompt():
     from types import SimpleNamespace
-    unified = SimpleNamespace(sample=lambda texts, *a, **kw: torch.full((len(texts), 3, 4, 4), torch.nan))
-    pipe = SimpleNamespace(unified=unified, precision='fp32', mllm=SimpleNamespace(tokenizer=None))
+    pipe = SimpleNamespace(sample=lambda texts, *a, **kw: torch.full((len(texts), 3, 4, 4), torch.nan), tokenizer=None)
     import spar.pipeline
     with pytest.MonkeyPatch.context() as m:
         m.setattr(spar.pipeline, 'checked_texts', lambda texts, tokenizer: texts)

@@ -2,6 +2,7 @@
 import io, os, re, statistics, subprocess, sys, time, warnings
 from pathlib import Path
 import pytest
+import torch
 from PIL import Image
 from conftest import ROOT, SPAR, environment
 from spar import cli
@@ -225,17 +226,23 @@ def test_an_answer_that_is_cut_says_so(folder, capsys, monkeypatch):
     assert main(asked) == 0; assert 'cut after 8 tokens' in capsys.readouterr().err
 
 def test_an_answer_that_ends_says_nothing(capsys):
-    cli._answer(type('Pipe', (), dict(answer=lambda self, *a, **kw: 'yes'))(), 'in.png', 'is it', None)
+    cli._answer(type('Pipe', (), dict(answer=lambda self, *a, **kw: 'yes', pictures=lambda self, image: (None, [])))(), 'in.png', 'is it', None)
     said = capsys.readouterr(); assert (said.out, said.err) == ('yes\n', '')
+
+def test_what_was_done_to_a_picture_is_said(folder, capsys):
+    Image.new('RGB', (90, 64)).save('in.png')
+    for argv in (['answer', 'in.png', 'is there a star'], ['reconstruct', 'in.png'], ['edit', 'in.png', 'remove the star', '--steps', '1']):
+        assert main([*argv, '--model', str(folder), '--device', 'cpu']) == 0; assert 'crop 90x64' in (said := capsys.readouterr()).err and 'crop' not in said.out
 
 def test_a_model_of_word_pieces_has_room_for_a_sentence(monkeypatch):
     from spar.backbones import mllm
-    pipe, asked = tiny_pipeline(vocabulary()), []
-    monkeypatch.setattr(pipe.mllm.hf, 'generate', lambda max_new_tokens, **kw: asked.append(max_new_tokens) or __import__('torch').zeros(1, 1, dtype=int))
+    m, asked = tiny_pipeline(vocabulary()).opened_mllm, []
+    monkeypatch.setattr(m.hf, 'generate', lambda max_new_tokens, **kw: asked.append(max_new_tokens) or torch.zeros(1, 1, dtype=int))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', mllm.AnswerCut)
-        pipe.mllm.answer(None, ['is there a star'])
-        monkeypatch.setattr(mllm, 'is_word_level', lambda tokenizer: False); pipe.mllm.answer(None, ['is there a star']); pipe.mllm.answer(None, ['is there a star'], 3)
+        m.answer(None, ['is there a star'])
+        monkeypatch.setattr(mllm, 'is_word_level', lambda tokenizer: False)
+        for limit in (None, 3): m.answer(None, ['is there a star'], limit)
     assert asked == [8, 128, 3]
 
 

@@ -7,7 +7,7 @@ from spar.core import FORMAT
 from spar.world.prompts import vocabulary
 from tiny import tiny_pipeline
 
-OURS = ('model_index.json', 'image_tokenizer/config.json', 'unified/config.json')
+OURS = ('model_index.json', 'image_tokenizer/config.json', 'condition/config.json')
 RECORD = dict(profile='smoke', seed=3, commit='0123abc')
 
 @pytest.fixture(scope='module')

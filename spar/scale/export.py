@@ -8,20 +8,19 @@ __all__ = ['tuned_internvl', 'harness_processor', 'model_card', 'write_internvl'
 # %% ../../nbs/scale/export.ipynb #8e5aada6
 import copy
 from pathlib import Path
-from types import SimpleNamespace
-from ..core import atomic_path, freeze, n_params, one_of, pick_device, read_config, read_json, write_json
+from ..core import atomic_path, n_params, one_of, read_json, write_json
 import torch
 from safetensors.torch import load_file, save_file
-from ..backbones.mllm import Encoder, IMAGENET_MEAN, IMAGENET_STD
+from ..backbones.folders import saved_folder
+from ..backbones.mllm import IMAGENET_MEAN, IMAGENET_STD
 from ..backbones.words import is_word_level
 from ..pipeline import SparPipeline
-from ..tokenizer.model import load_exactly, load_tensors, Tokenizer, TokenizerConfig
-from ..tokenizer.streams import DualStream
+from ..tokenizer.model import load_exactly, Tokenizer
 
 # %% ../../nbs/scale/export.ipynb #e7120c61
 def tuned_internvl(pipe: SparPipeline):      # -> InternVLForConditionalGeneration
     "A copy of the MLLM that sees through the tuned encoder."
-    hf, encoder = copy.deepcopy(pipe.mllm.hf), pipe.image_tokenizer.encoder
+    hf, encoder = copy.deepcopy(pipe.mllm), pipe.image_tokenizer.encoder
     load_exactly(hf.model.vision_tower, encoder.tower.state_dict(), 'the tuned tower')
     load_exactly(hf.model.multi_modal_projector, encoder.projector.state_dict(), 'the tuned projector')
     return hf
@@ -75,11 +74,11 @@ def harness_processor(
 ):  # -> InternVLProcessor
     "The original checkpoint's processor, or one made from the tokenizer and the encoder's side."
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
-    if source is not None: return _original_processor(source, pipe.mllm.image_token)
-    side, tk = pipe.side, _harness_tokenizer(pipe.mllm.tokenizer)
+    if source is not None: return _original_processor(source, pipe.opened_mllm.image_token)
+    side, tk = pipe.side, _harness_tokenizer(pipe.tokenizer)
     common = dict(size=dict(height=side, width=side), image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD))
     images = GotOcr2ImageProcessor(crop_to_patches=not is_word_level(tk), **common)
-    length = pipe.mllm.grid() ** 2
+    length = pipe.opened_mllm.grid() ** 2
     return InternVLProcessor(
         images, tk, InternVLVideoProcessor(**common), image_seq_length=length, chat_template=tk.chat_template
     )
@@ -192,14 +191,14 @@ def _halve(folder):
 # %% ../../nbs/scale/export.ipynb #de78bbe8
 def _sizes_of(pipe: SparPipeline) -> dict:
     "Parameters of each part; the encoder counts with the image tokenizer."
-    tk, u = pipe.image_tokenizer, pipe.unified
+    tk = pipe.image_tokenizer
     return dict(
-        mllm=n_params(pipe.mllm.hf),
+        mllm=n_params(pipe.mllm),
         encoder=n_params(tk.encoder),
         streams=n_params(tk.streams),
         decoder=n_params(tk.decoder),
-        condition=n_params(u.condition),
-        transformer=n_params(u.transformer),
+        condition=n_params(pipe.condition),
+        transformer=n_params(pipe.transformer),
     )
 
 # %% ../../nbs/scale/export.ipynb #e6e2bc5e
@@ -208,31 +207,10 @@ def write_internvl(pipe: SparPipeline, to: Path, processor=None):
     tuned_internvl(pipe).save_pretrained(to)
     harness_processor(pipe, processor).save_pretrained(to)
 
-def _write_tokenizer(pipe: SparPipeline, to: Path):
-    "The image tokenizer, and the configuration of the model that its encoder came from."
-    pipe.image_tokenizer.save_pretrained(to)
-    write_json(to/'encoder.json', pipe.mllm.hf.config.to_dict())
-
 # %% ../../nbs/scale/export.ipynb #b450b431
-def _encoder_of(config: dict, side: int) -> Encoder:
-    "An encoder of an InternVL configuration, without the language model and without weights."
-    from transformers import AutoModel, InternVLConfig
-    from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
-    cfg = InternVLConfig.from_dict(config)
-    tower = AutoModel.from_config(cfg.vision_config)
-    if pick_device().type == 'cpu': tower.set_attn_implementation('eager')      # as `MLLM` does: the same bits
-    parts = SimpleNamespace(vision_tower=tower, multi_modal_projector=InternVLMultiModalProjector(cfg))
-    return Encoder(SimpleNamespace(model=parts, config=cfg), side)
-
 def load_tokenizer(folder) -> Tokenizer:      # frozen
-    "The image tokenizer of an exported folder; no language model is built or read."
-    from diffusers import AutoencoderDC
-    folder = Path(folder)
-    cfg = TokenizerConfig.from_dict(read_config(folder/'config.json'))
-    encoder = _encoder_of(read_json(folder/'encoder.json'), cfg.side)
-    tokenizer = Tokenizer(encoder, DualStream(cfg.streams), AutoencoderDC.from_config(cfg.decoder).decoder, cfg)
-    load_exactly(tokenizer, load_tensors(folder/'model.safetensors'), str(folder))
-    return freeze(tokenizer)
+    "The image tokenizer of an exported folder, of any format; no language model is built or read."
+    return Tokenizer.from_pretrained(folder)
 
 # %% ../../nbs/scale/export.ipynb #cc694b59
 _KINDS = ('internvl', 'pipeline', 'tokenizer')
@@ -246,7 +224,7 @@ def _card_sizes(pipe: SparPipeline, kind: str) -> dict:
 def _write(pipe: SparPipeline, kind: str, to: Path, processor):
     if kind == 'internvl': write_internvl(pipe, to, processor)
     if kind == 'pipeline': pipe.save_pretrained(to)
-    if kind == 'tokenizer': _write_tokenizer(pipe, to)
+    if kind == 'tokenizer': pipe.image_tokenizer.save_pretrained(to)
 
 # %% ../../nbs/scale/export.ipynb #8d64858b
 def export(
@@ -256,15 +234,15 @@ def export(
     half: bool = False,  # weights in bfloat16
     processor=None,  # internvl: folder of the original checkpoint, whose processor is copied
     metrics=(),  # metrics files for the card
-    overwrite: bool = False,
+    overwrite: bool = False,  # of an earlier export; a folder that holds anything else is never replaced
 ) -> Path:
     "Write one kind of folder in one step."
     out, kind = Path(out), one_of(kind, _KINDS, 'kind')
     if out.exists() and not overwrite:
-        raise FileExistsError(f'{out} exists. Choose another folder, or replace it with --overwrite.')
+        raise FileExistsError(f'{out} exists. Choose another folder, or replace an earlier export with --overwrite.')
     if processor is not None and kind != 'internvl': raise ValueError(f'processor belongs to internvl, not to {kind}.')
     card = model_card(kind, _card_sizes(pipe, kind), metrics, 'bfloat16' if half else 'float32')
-    with atomic_path(out) as tmp:
+    with saved_folder(out) as tmp:
         _write(pipe, kind, tmp, processor)
         if half: _halve(tmp)
         (tmp/'README.md').write_text(card)

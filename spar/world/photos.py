@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core import rng
 import numpy as np
 from PIL import Image
+from ..images import read_image
 from .scenes import SIDE
 
 # %% ../../nbs/world/photos.ipynb #c8776a42
@@ -32,7 +33,7 @@ def _photo(path: str) -> Image.Image:
     file = Path(importlib.util.find_spec(package).origin).parent / rest
     if not file.is_file():
         raise FileNotFoundError(f'{path} is not in this version of {package}; install the pinned version.')
-    img = Image.open(file).convert('RGB')
+    img = read_image(file).image
     k = 320 / min(img.size)
     if k >= 1: return img
     size = round(img.width * k), round(img.height * k)
