@@ -231,7 +231,7 @@ def generate(
     if (prompt is None) == (prompts is None): raise UsageError('give either a prompt or --prompts FILE.')
     check_device(device)
     _check_sampling(steps, guidance, seed, num)
-    asked = [('prompt', prompt)] if prompts is None else prompts_in(prompts)
+    asked = [('prompt', prompt or '')] if prompts is None else prompts_in(prompts)
     files = targets(out, None if prompts is None else len(asked), num)
     vocab = vocabulary_of(model_folder(model))
     check_asked(asked, vocab)
