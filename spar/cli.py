@@ -201,11 +201,12 @@ def _say_profile(profile: str | None):
     if profile not in (None, named): _note(f'this model comes from the profile {profile!r}, not from {named!r}.')
 
 # %% ../nbs/using/cli.ipynb #91d83606
-def _say_never_drawn(texts: list[str], vocab: list[str] | None):
+def _say_never_drawn(pipe, texts: list[str], vocab: list[str] | None):
     "Name the words of prompts or instructions that the generator never learned to draw."
     if vocab is None: return
     from spar.world.prompts import never_drawn
-    words = list(dict.fromkeys(w for t in texts for w in never_drawn(t)))
+    dial = pipe.record.get('dial', 'easy')      # the world it was trained on; folders made before it was recorded: easy
+    words = list(dict.fromkeys(w for t in texts for w in never_drawn(t, dial)))
     if words: _note(f'this model never learned to draw {", ".join(map(repr, words))}; expect something else there.')
 
 # %% ../nbs/using/cli.ipynb #85e29507
@@ -244,7 +245,7 @@ def _sampling(steps: int, guidance: float, seed: int, num: int) -> dict:
 
 def _draw(texts: list[str], files: list[list[Path]], pipe, vocab: list[str] | None, sampling: dict):
     "Draw one prompt after the other, each saved when it is done."
-    _say_never_drawn(texts, vocab)
+    _say_never_drawn(pipe, texts, vocab)
     if len(texts) > 1: print(f'{len(texts)} prompts', flush=True)
     for n, (text, of_one) in enumerate(zip(texts, files, strict=True), 1):
         _save(pipe(text, **sampling).images, of_one, f'{n}/{len(texts)} ' if len(texts) > 1 else '')
@@ -274,7 +275,7 @@ def edit_picture(
     vocab = vocabulary_of(model_folder(model))
     check_asked([('instruction', instruction)], vocab)
     pipe = loaded(model, device)
-    _say_never_drawn([instruction], vocab)
+    _say_never_drawn(pipe, [instruction], vocab)
     result = pipe.edit(image, instruction, **_sampling(steps, guidance, seed, num))
     for note in result.notes: _note(note)
     _save(result.images, files[0])

@@ -167,12 +167,17 @@ def comes_back(suffix: str) -> bool:
 
 def endings(): Image.init(); return sorted(Image.registered_extensions())
 
+class Red:
+    "A pipeline that draws one thing."
+    record = {}
+    def __call__(self, text, **kw): return type('Out', (), dict(images=[Image.new('RGB', (64, 64), 'red')]))
+
 @pytest.mark.parametrize('suffix', endings())
 def test_an_ending_passes_if_a_picture_can_be_written_with_it(suffix, folder, monkeypatch, capsys):
     "The check against the deed, for every ending that Pillow registers."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); able = comes_back(suffix)
-    monkeypatch.setattr(cli, 'loaded', lambda *a: lambda text, **kw: type('Out', (), dict(images=[Image.new('RGB', (64, 64), 'red')])))
+    monkeypatch.setattr(cli, 'loaded', lambda *a: Red())
     if able: assert main(['generate', 'a star', '--out', f'x{suffix}', '--model', str(folder)]) == 0 and Path(f'x{suffix}').is_file()
     else: assert fails(capsys, 'generate', 'a star', '--out', f'x{suffix}', '--model', folder)[0] == 1 and not Path(f'x{suffix}').exists()
 
@@ -217,6 +222,11 @@ def test_words_that_were_never_drawn_are_named(prompt, words, folder, capsys):
     for argv in (['generate', prompt], ['edit', 'in.png', f'add {prompt}']):
         assert main([*argv, '--steps', '1', '--model', str(folder), '--device', 'cpu', '--out', 'x.png']) == 0
         said = capsys.readouterr(); assert ('never learned' in said.err) == bool(words) and (words or '') in said.err and 'never' not in said.out
+
+def test_a_model_of_the_whole_world_has_drawn_them(folder, capsys):
+    main(['generate', 'an orange anchor', '--steps', '1', '--model', str(folder), '--device', 'cpu']); assert 'never learned' in capsys.readouterr().err
+    pipe = cli.loaded(str(folder), 'cpu'); pipe.record['dial'] = 'hard'; cli._say_never_drawn(pipe, ['an orange anchor'], vocabulary())
+    assert 'never learned' not in capsys.readouterr().err
 
 def test_an_answer_that_is_cut_says_so(folder, capsys, monkeypatch):
     Image.new('RGB', (64, 64)).save('in.png')
