@@ -52,8 +52,8 @@ release: test test-slow uncontinued   ## the same, and every stage of the lock u
 	@stale=$$(dvc status -q dvc.yaml || echo stale); [ -z "$$stale" ] || { echo 'The lock is not in sync: run `dvc repro` and commit.'; dvc status dvc.yaml; exit 1; }
 	@test -z "$$(git status --porcelain)" || { echo 'Uncommitted changes.'; exit 1; }
 
-bases: install   ## train the miniature backbones again (hours on two cores); `spar_stage promote --bases` ships them
-	for name in perceptual dcae judge mllm sana; do spar_stage $$name --bases || exit 1; done
+bases: install   ## train the miniature backbones again (hours on two cores); `spar stage promote --bases` ships them
+	for name in perceptual dcae judge mllm sana; do spar stage $$name --bases || exit 1; done
 
 clean:           ## what runs left behind (artifacts stay)
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,7 +6,7 @@
 __all__ = ['PositiveInt', 'NonNegativeInt', 'FiniteFloat', 'PositiveFloat', 'NonNegativeFloat', 'Share', 'Decay', 'FORMAT',
            'unknown_key', 'one_of', 'Range', 'check_number', 'Config', 'seed_for', 'rng', 'normal', 'uniform',
            'pick_device', 'instructions', 'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'recover',
-           'atomic_path', 'write_json', 'read_json', 'write_config', 'read_config', 'file_hash', 'repository',
+           'atomic_path', 'write_json', 'read_json', 'write_config', 'check_version', 'read_config', 'file_hash',
            'to_unit', 'to_uint8', 'n_params', 'freeze', 'need_finite']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
@@ -336,19 +336,21 @@ def read_json(path):
         raise ValueError(f'{path} is damaged ({e}). Delete it and run `dvc repro`.') from e
 
 # %% ../nbs/01_core.ipynb #61b7b1f1
-FORMAT = 1  # version of what `save_pretrained` writes
+FORMAT = 2  # version of what `save_pretrained` writes
 
 def write_config(path, config: dict):
     "A configuration as JSON, with the version of the format."
     write_json(path, {'format_version': FORMAT, **config})
 
+def check_version(version, where):
+    "An error if a configuration has a version that this package does not know."
+    if isinstance(version, int) and version in range(FORMAT + 1): return
+    raise ValueError(f'{where} has format version {version!r}, this package reads 0 to {FORMAT}: install a newer one.')
+
 def read_config(path) -> dict:
     "The configuration in `path` without its version; a version that this package does not know is an error."
     config = read_json(path)
-    version = config.pop('format_version', 0)
-    if version not in range(FORMAT + 1):
-        newest = f'this package reads 0 to {FORMAT}: install a newer one.'
-        raise ValueError(f'{path} has format version {version!r}, {newest}')
+    check_version(config.pop('format_version', 0), path)
     return config
 
 # %% ../nbs/01_core.ipynb #c3b06a44
@@ -363,21 +365,14 @@ def file_hash(path) -> str:
             while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
 
-# %% ../nbs/01_core.ipynb #3222b061
-def repository() -> Path:  # its root
-    "The checkout that the working directory lies in."
-    for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
-    why = 'no folder above has settings.ini and nbs/.'
-    raise FileNotFoundError(f'{Path.cwd()} lies in no checkout of this repository: {why}')
-
 # %% ../nbs/01_core.ipynb #aa303f20
 def to_unit(img: torch.Tensor) -> torch.Tensor:
     "uint8 in 0..255 -> float in [-1, 1]."
     return img.float() / 127.5 - 1
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    "float in [-1, 1] -> uint8, clamped and rounded."
+    "float in [-1, 1] -> uint8, clamped and rounded; NaN and inf, which have no colour, are a ValueError."
+    if not x.isfinite().all(): raise ValueError('a picture with NaN or inf inside cannot be rounded to 8 bit.')
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 # %% ../nbs/01_core.ipynb #3fd8ae4c

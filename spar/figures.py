@@ -28,6 +28,7 @@ def _pixels(
 ) -> np.ndarray:  # [H, W, 3] in [0, 1]
     "A picture as matplotlib wants it."
     image = image.detach().float().cpu().permute(1, 2, 0)
+    if not image.isfinite().all(): raise ValueError('a picture with NaN or inf inside cannot be shown.')
     return (image / 2 + 0.5).clamp(0, 1).numpy()
 
 def _show(ax, image: Tensor, title: str = ''):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SPAR = [sys.executable, '-m', 'spar']      # the command of the package under test, not of what is installed
 
 
 def clone(to: Path, profile: str = 'smoke') -> Path:

@@ -11,7 +11,7 @@ from spar.evaluation.reconstruction import reconstruction_mini
 from spar.evaluation.understanding import question_set
 from spar.scale.baselines import table as table_module
 from spar.scale.baselines.adapters import Autoencoder, answerer, system_of
-from spar.scale.baselines.cli import baselines_command
+from spar.command import main
 from spar.scale.baselines.lines import BASELINE_TASKS, baseline
 from spar.scale.baselines.small import small_folders
 from spar.scale.benchmarks import mmvp
@@ -57,7 +57,7 @@ def table(home):
     params = given(home) | dict(spar=str(home/'spar'), out=str(home/'out'), steps=1, batch_size=8, device='cpu', benchmarks=SMALL)
     params['baselines'].append(dict(name='copy', task='editing', callable='mine_of_test:copy'))
     (home/'all.yaml').write_text(yaml.safe_dump(params))
-    with pytest.MonkeyPatch.context() as m: m.chdir(home); baselines_command(['--params', str(home/'all.yaml')])
+    with pytest.MonkeyPatch.context() as m: m.chdir(home); main(['baselines', '--params', str(home/'all.yaml')])
     return json.loads((home/'out/table.json').read_text())
 
 
@@ -242,15 +242,15 @@ def test_processes_share_the_published_protocols_and_one_collects(home, at_home,
 
 def test_what_goes_wrong_names_benchmark_and_system(home, at_home, tmp_path):
     lines = [dict(name='lost', task='reconstruction', path=str(tmp_path/'gone'), **{'class': 'AutoencoderDC'})]
-    with pytest.raises(SystemExit, match='spar_baselines: reconstruction-mini, lost: .*gone'):
+    with pytest.raises(SystemExit, match='spar baselines: reconstruction-mini, lost: .*gone'):
         (tmp_path/'p.yaml').write_text(yaml.safe_dump(dict(spar='', out=str(tmp_path/'out'), bases=str(home/'bases'), device='cpu', benchmarks=SMALL[:1],
                                                            baselines=lines)))
-        baselines_command(['--params', str(tmp_path/'p.yaml')])
+        main(['baselines', '--params', str(tmp_path/'p.yaml')])
 
 def test_both_small_folders_and_classes_from_the_command(home, tmp_path, capsys):
-    baselines_command(['--classes', 'understanding']); assert 'Qwen2_5_VLForConditionalGeneration' in capsys.readouterr().out.splitlines()
-    for argv, says in (([], 'either --params'), (['--params', str(tmp_path/'x.yaml')], 'no such file'),
+    main(['baselines', '--classes', 'understanding']); assert 'Qwen2_5_VLForConditionalGeneration' in capsys.readouterr().out.splitlines()
+    for argv, says in (([], '2'), (['--params', str(tmp_path/'x.yaml')], 'no such file'),
                        (['--small', str(tmp_path/'s'), '--bases', str(tmp_path)], 'config.json is missing')):
-        with pytest.raises(SystemExit, match=says): baselines_command(argv)
+        with pytest.raises(SystemExit, match=says): main(['baselines', *argv])
     (tmp_path/'l.yaml').write_text('- a\n')
-    with pytest.raises(SystemExit, match='found a list'): baselines_command(['--params', str(tmp_path/'l.yaml')])
+    with pytest.raises(SystemExit, match='found a list'): main(['baselines', '--params', str(tmp_path/'l.yaml')])

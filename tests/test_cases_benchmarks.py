@@ -10,7 +10,7 @@ from PIL import Image
 from test_protocols import SAMPLING, SYSTEM, files, paint
 
 from spar.images import read_image, squared
-from spar.scale.benchmarks.cli import evaluate
+from spar.command import main
 from spar.scale.benchmarks.imgedit import imgedit_result, parse_imgedit, run_imgedit
 from spar.scale.benchmarks.judges import EndpointJudge, JudgeError, JudgeRefusal, Reply
 from spar.scale.benchmarks.mmvp import parse_letter, run_mmvp
@@ -197,7 +197,7 @@ def test_settings_are_left_alone_when_the_error_is_another(server):
     (('--judge-temperature', '-1'), '2'), (('--judge-temperature', 'cold'), '2'),
     (('--judge-local', 'folder', '--judge-temperature', '1'), 'no use for --judge-temperature')])
 def test_options_of_the_judge(argv, error, tmp_path):
-    with pytest.raises(SystemExit, match=error): evaluate(['wise', '--out', str(tmp_path), *argv])
+    with pytest.raises(SystemExit, match=error): main(['evaluate', 'wise', '--prompts', str(tmp_path), '--out', str(tmp_path), *argv])
 
 
 def photos(tmp_path, n=4):
@@ -218,8 +218,7 @@ def test_a_reconstruction_that_is_not_finite_names_its_picture(value, tmp_path):
 
 def test_a_drawing_that_is_not_finite_names_its_prompt():
     from types import SimpleNamespace
-    unified = SimpleNamespace(sample=lambda texts, *a, **kw: torch.full((len(texts), 3, 4, 4), torch.nan))
-    pipe = SimpleNamespace(unified=unified, precision='fp32', mllm=SimpleNamespace(tokenizer=None))
+    pipe = SimpleNamespace(sample=lambda texts, *a, **kw: torch.full((len(texts), 3, 4, 4), torch.nan), tokenizer=None)
     import spar.pipeline
     with pytest.MonkeyPatch.context() as m:
         m.setattr(spar.pipeline, 'checked_texts', lambda texts, tokenizer: texts)

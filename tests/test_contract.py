@@ -62,7 +62,7 @@ def test_a_stage_depends_on_what_can_change_its_result(stage, module, matters):
 @pytest.mark.parametrize('name', STAGES)
 def test_stage_says_all_that_it_reads_and_writes(name):
     entry = pipeline()[name]
-    assert entry['desc'] and entry['cmd'] == f'PYTHONPATH=$PWD spar_stage {name}'
+    assert entry['desc'] and entry['cmd'] == f'PYTHONPATH=$PWD spar stage {name}'
     assert entry['params'] == ['profile', {'configs/${profile}.yaml': [name]}]
     known = {p.replace('${profile}', 'mini') for p in declared(entry, 'deps', 'outs', 'metrics', 'plots')}
     for path in paths_in(profiles.resolved(name, 'mini')):

@@ -60,8 +60,8 @@ def stranger(folder, photo, out):
 def our_logits(pipe, photo):
     x, rows = pipe.image_tokenizer.encoder(pipe.pictures(photo)[0]), []
     for q in QUESTIONS:
-        ids = torch.tensor([pipe.mllm.chat_ids(q, True)])
-        with torch.no_grad(): rows.append(pipe.mllm.hf(inputs_embeds=pipe.mllm.splice(pipe.mllm.embed(ids), ids == pipe.mllm.image_token, x)).logits[0, -1])
+        ids = torch.tensor([pipe.opened_mllm.chat_ids(q, True)])
+        with torch.no_grad(): rows.append(pipe.mllm(inputs_embeds=pipe.opened_mllm.splice(pipe.opened_mllm.embed(ids), ids == pipe.opened_mllm.image_token, x)).logits[0, -1])
     return torch.stack(rows)
 
 
@@ -71,7 +71,7 @@ def test_a_python_without_spar_gives_the_same_logits_and_answers(pipe, photo, tm
     assert told['cls'] == 'InternVLForConditionalGeneration'
     torch.testing.assert_close(logits, our_logits(pipe, photo), atol=1e-4, rtol=1e-4)
     assert told['answers'] == [pipe.answer(photo, q) for q in QUESTIONS]
-    own = pipe.mllm.encoder(pipe.pictures(photo)[0])
+    own = pipe.opened_mllm.encoder(pipe.pictures(photo)[0])
     assert (own - pipe.image_tokenizer.encoder(pipe.pictures(photo)[0])).abs().max() > 1e-3, 'the tuned encoder must differ, or this test says nothing'
 
 def test_half_precision_is_half_as_large_and_close(pipe, photo, tmp_path):
@@ -108,7 +108,9 @@ def test_nothing_is_replaced_by_accident(pipe, tmp_path):
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/thesis.tex').write_text('x')
     with pytest.raises(FileExistsError, match='--overwrite'): export(pipe, 'tokenizer', tmp_path/'mine')
     assert (tmp_path/'mine/thesis.tex').read_text() == 'x'
-    export(pipe, 'tokenizer', tmp_path/'mine', overwrite=True); assert not (tmp_path/'mine/thesis.tex').exists()
+    with pytest.raises(FileExistsError, match='thesis.tex'): export(pipe, 'tokenizer', tmp_path/'mine', overwrite=True)
+    assert (tmp_path/'mine/thesis.tex').read_text() == 'x'
+    for kind in ('tokenizer', 'pipeline', 'internvl'): export(pipe, kind, tmp_path/'own', overwrite=True)     # an earlier export is replaced
     with pytest.raises(ValueError, match='belongs to internvl'): export(pipe, 'tokenizer', tmp_path/'other', processor=tmp_path)
 
 def test_the_processor_of_the_original_folder_is_kept(pipe, tmp_path):

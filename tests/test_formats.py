@@ -2,11 +2,12 @@
 import json, shutil
 import pytest
 from spar import SparPipeline, cli
+from spar.command import main
 from spar.core import FORMAT
 from spar.world.prompts import vocabulary
 from tiny import tiny_pipeline
 
-OURS = ('model_index.json', 'image_tokenizer/config.json', 'unified/config.json')
+OURS = ('model_index.json', 'image_tokenizer/config.json', 'condition/config.json')
 RECORD = dict(profile='smoke', seed=3, commit='0123abc')
 
 @pytest.fixture(scope='module')
@@ -47,8 +48,8 @@ def test_a_version_nobody_knows_is_refused(changed, name, version):
 def test_commands_name_the_profile_when_it_is_another(folder, tmp_path, monkeypatch, capsys, named, said):
     monkeypatch.chdir(tmp_path)
     if named: (tmp_path/'params.yaml').write_text(f'profile: {named}\n')
-    cli.generate_command(['a red star', '--model', str(folder), '--steps', '2', '--out', 'star.png', '--device', 'cpu'])
-    assert ("'smoke'" in capsys.readouterr().out) == said and (tmp_path/'star.png').is_file()
+    main(['generate', 'a red star', '--model', str(folder), '--steps', '2', '--out', 'star.png', '--device', 'cpu'])
+    assert ("'smoke'" in capsys.readouterr().err) == said and (tmp_path/'star.png').is_file()
 
 def test_commands_take_the_pipeline_of_the_profile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path); assert cli.default_model() == 'artifacts/mini/pipeline'

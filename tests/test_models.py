@@ -1,5 +1,7 @@
 """The paper's two sizes: profiles, parts, checks of folders and random stand-ins. Nothing large is allocated."""
 import json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess
+from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from spar.running.profiles import complete, yaml_file
@@ -10,7 +12,7 @@ from spar.scale.models.random import gemma_like, narrow, write_dcae, write_mllm,
 from spar.backbones.dcae import load_dcae
 from spar.backbones.mllm import load_mllm
 from spar.backbones.sana import load_sana
-from conftest import ROOT
+from conftest import ROOT, SPAR
 
 PROFILES = ('spar-1b', 'spar-3b')
 STAGES = sorted(p.stem for p in (ROOT/'nbs/stages').glob('*.ipynb'))
@@ -231,15 +233,14 @@ def test_costs_follow_what_trains():
     assert new < one.trained < new + table['sana'] / 10 and one.saved < two.saved and one.samples == 175781 * 1024
 
 def command(*args):
-    code = 'from spar.scale.models.cli import models_command; models_command()'
-    return subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    return subprocess.run([*SPAR, 'models', *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
 
 def test_command(toy):
     found = command('check', '--profile', 'spar-1b', '--bases', str(toy[0]))
     assert found.returncode == 1 and '67.6 M' in found.stdout and 'WRONG' in found.stdout and 'cure:' in found.stdout and not found.stderr.count('Traceback')
 
 @pytest.mark.parametrize('argv, says', [(('check', '--random', 'x'), '--random writes'), (('--depth', '4'), 'belong to --random'),
-                                        (('--bases', 'x'), 'belong to `spar_models check`'),
+                                        (('--bases', 'x'), 'belong to `spar models check`'),
                                         (('--random', 'x', '--full', '--depth', '3'), 'leave --depth out')])
 def test_no_option_is_accepted_and_ignored(argv, says):
     found = command(*argv, '--profile', 'spar-1b'); assert found.returncode == 2 and says in found.stderr, found.stderr

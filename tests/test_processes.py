@@ -154,7 +154,7 @@ def test_every_process_runs_the_notebook_and_the_first_one_writes(toy):
     "Started as the documentation says, in an environment that says nothing of a CPU."
     plain = {k: v for k, v in ENV.items() if k != 'ACCELERATE_USE_CPU'}
     before = files(toy)
-    code, out = start([*LAUNCH, '-m', 'spar.running.runner', 'line'], toy, plain)
+    code, out = start([*LAUNCH, '-m', 'spar', 'stage', 'line'], toy, plain)
     assert code == 0 and out.count('built') == 1, out[-3000:]
     assert sorted(set(files(toy)) - set(before)) == ['artifacts/line/weights.json', 'metrics/well/run.json',
                                                      'plots/line/4.json', 'plots/line/loss.csv', 'plots/line/loss.png',
@@ -162,9 +162,9 @@ def test_every_process_runs_the_notebook_and_the_first_one_writes(toy):
     assert json.loads((toy/'artifacts/line/weights.json').read_text())['rank'] == 0
 
 def test_one_process_that_fails_ends_all(toy):
-    began = time.time(); code, out = start([*TWO, '-m', 'spar.running.runner', 'line', '--profile', 'ill'], toy)
+    began = time.time(); code, out = start([*TWO, '-m', 'spar', 'stage', 'line', '--profile', 'ill'], toy)
     assert code and 'process 1 is ill' in out and 'runs/ill/line/rank1.ipynb' in out and time.time() - began < 60, out[-3000:]
-    mine = lambda p: any('ipykernel' in a or 'spar.running.runner' in a for a in p.cmdline()) and p.cwd() == str(toy.resolve())
+    mine = lambda p: any('ipykernel' in a or a == 'spar' for a in p.cmdline()) and p.cwd() == str(toy.resolve())
     def alive():
         found = []
         for p in psutil.process_iter():

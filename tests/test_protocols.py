@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from conftest import ROOT
 from spar.backbones.perceptual import PerceptualVGG
-from spar.scale.benchmarks.cli import evaluate
+from spar.command import main
 from spar.scale.benchmarks.geneval import load_geneval
 from spar.scale.benchmarks.imgedit import IMGEDIT_TYPES, load_imgedit, run_imgedit
 from spar.scale.benchmarks.judges import EndpointJudge, JudgeError, Ledger
@@ -227,15 +227,16 @@ def pipeline(tmp_path_factory):
 
 def command(*argv):
     steps = ('--steps', 1) if argv[0] in ('geneval', 'wise', 'imgedit') else ()
-    evaluate([str(a) for a in (*argv, '--device', 'cpu', *steps)])
+    main(['evaluate', *(str(a) for a in (*argv, '--device', 'cpu', *steps))])
 
 @pytest.mark.parametrize('argv, says', [
-    (('reconstruction', '--only', 'draw'), 'no use for --only'),
-    (('mmvp', '--judge-url', 'x', '--guidance', 2), 'no use for --judge-url, --guidance'),
-    (('geneval', '--rubric', 'x'), 'no use for --rubric'),
-    (('wise', '--judge-url', 'x', '--judge-local', 'y'), 'one judge')])
-def test_no_option_is_accepted_and_ignored(argv, says, tmp_path):
-    with pytest.raises(SystemExit, match=says): command(*argv, '--out', tmp_path)
+    (('reconstruction', '--sources', '.', '--only', 'draw'), 'unrecognized arguments: --only draw'),
+    (('mmvp', '--prompts', '.', '--judge-url', 'x', '--guidance', 2), 'unrecognized arguments: --judge-url x --guidance 2'),
+    (('geneval', '--prompts', '.', '--rubric', 'x'), 'unrecognized arguments: --rubric x'),
+    (('wise', '--prompts', '.', '--judge-url', 'x', '--judge-local', 'y'), 'one judge')])
+def test_no_option_is_accepted_and_ignored(argv, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: command(*argv, '--out', tmp_path)
+    assert says in f'{e.value} {capsys.readouterr().err}'
 
 def test_a_tokenizer_reconstructs_at_other_sides_than_its_own(pipeline):
     from spar.pipeline import SparPipeline

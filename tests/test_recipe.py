@@ -4,7 +4,7 @@ import shutil
 import pytest
 import yaml
 
-from conftest import ROOT, clone, run
+from conftest import SPAR, ROOT, clone, run
 from spar.running import recipe
 from spar.running.profiles import complete, leaves, overlaid, sections, ablations
 
@@ -56,6 +56,6 @@ def test_the_recipe_takes_a_step_in_every_stage(tmp_path):
         if 'train' in section: section['train'] |= dict(steps=1, warmup=0)
     (tree/'configs/again.yaml').write_text(yaml.safe_dump(profile))
     for stage in ('prepare', *ablations()['paper_recipe']):
-        done = run(['spar_stage', stage, '--profile', 'again'], tree)
+        done = run([*SPAR, 'stage', stage, '--profile', 'again'], tree)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         if stage != 'prepare': assert (tree/f'plots/again/{stage}/loss.csv').read_text().splitlines()[-1].startswith('1,')

@@ -10,7 +10,7 @@ from conftest import ROOT
 from spar.core import to_uint8
 from spar.training.checkpoints import checkpoint_steps
 from spar.scale.data.check import examine, world_samples, write_shards
-from spar.scale.data.cli import data_command
+from spar.command import main
 from spar.scale.data.corpus import Corpus, corpus_of, Stream, TooManyBroken
 from spar.scale.data.exclude import Exclude
 from spar.scale.data.files import stamp
@@ -360,7 +360,7 @@ def test_three_kinds_of_sources_give_the_same_samples(tmp_path):
     ds = datasets.Dataset.from_dict(dict(image=[dict(bytes=b, path=None) for b in bodies], caption=[f'number, {i}' for i in range(6)]),
         features=datasets.Features(image=datasets.Image(), caption=datasets.Value('string')))
     datasets.DatasetDict(train=ds, test=ds.select([0])).save_to_disk(tmp_path/'a'); (tmp_path/'p').mkdir(); ds.to_parquet(tmp_path/'p/x.parquet', batch_size=4)
-    for n in 'fap': data_command(['pack', str(tmp_path/n), str(tmp_path/f'{n}-shards'), '--per-shard', '4'])
+    for n in 'fap': main(['data', 'pack', str(tmp_path/n), str(tmp_path/f'{n}-shards'), '--per-shard', '4'])
     for path in ('f', 'a', 'p', 'f-shards', 'a-shards', 'p-shards'):
         cfg = SourceConfig(path=str(tmp_path/path)); s = open_source(cfg)
         assert [raw_sample(s, cfg, r)[1] for r in range(6)] == [dict(image=b, text=[f'number, {i}']) for i, b in enumerate(bodies)], path
@@ -371,7 +371,7 @@ def test_three_kinds_of_sources_give_the_same_samples(tmp_path):
 @pytest.mark.parametrize('what,dataset,task', [('captions', SceneCaptions, 'caption'), ('edits', Edits, 'edit'), ('scenes', SceneImages, 'image'),
     ('photos', PhotoCrops, 'image')])
 def test_the_miniature_world_from_shards_is_the_miniature_world(tmp_path, what, dataset, task):
-    data_command(['pack', f'world:{what}', str(tmp_path/'s'), '--count', '20', '--per-shard', '7', '--seed', '3'])
+    main(['data', 'pack', f'world:{what}', str(tmp_path/'s'), '--count', '20', '--per-shard', '7', '--seed', '3'])
     key = lambda s: (s.get('text'), *(to_uint8(s[f]).numpy().tobytes() for f in ('source', 'image') if f in s))
     c = Corpus(dict(side=64, sources=dict(w=dict(path=str(tmp_path/'s'), task=task))), unit=4)
     assert sorted((key(c[k]) for k in range(20)), key=str) == sorted((key(dataset(3)[k]) for k in range(20)), key=str)
@@ -407,12 +407,11 @@ def test_a_shard_that_vanishes_while_training_is_a_broken_sample(tmp_path):
     assert {nr(t) for t in texts(c, 40)} == set(range(10)) and c.counts.total()['broken'] > 0
 
 def test_check_prints_a_table_and_json(bad_folder, tmp_path, capsys):
-    data_command(['check', str(bad_folder), '--json', str(tmp_path/'r.json'), '--names', '2']); out = capsys.readouterr().out
+    main(['data', 'check', str(bad_folder), '--json', str(tmp_path/'r.json'), '--names', '2']); out = capsys.readouterr().out
     assert 'too many pixels' in out and '... and 11 more' in out and '40 of 53' in out
     assert json.loads((tmp_path/'r.json').read_text())['data']['broken'] == KINDS
-    data_command(['check', str(bad_folder), '--json', '-']); assert json.loads(capsys.readouterr().out)['data']['words'] == dict(min=2, median=2, max=2)
-    with pytest.raises(SystemExit) as e: data_command(['check', str(bad_folder), '--strict'])
-    assert e.value.code == 2
+    main(['data', 'check', str(bad_folder), '--json', '-']); assert json.loads(capsys.readouterr().out)['data']['words'] == dict(min=2, median=2, max=2)
+    assert main(['data', 'check', str(bad_folder), '--strict']) == 2
 
 SOURCED = [(p, s) for p in ('spar-1b', 'spar-3b') for s in ('tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder', 'dcae_tuned',
     'unified_1_connector', 'unified_2_joint', 'unified_3_sft')]
@@ -432,9 +431,9 @@ def test_the_paper_s_corpora_need_nothing_but_their_folders(profile, stage, tmp_
 def test_check_reads_a_profile(tmp_path, capsys):
     numbered(tmp_path/'s'); (tmp_path/'p.txt').write_text('number 4\n')
     (tmp_path/'c.yaml').write_text(f'unified_3_sft:\n  source: {{exclude: [{tmp_path}/p.txt], sources: {{sft: {{path: {tmp_path}/s, weight: 1}}}}}}\n')
-    data_command(['check', '--config', str(tmp_path/'c.yaml'), '--section', 'unified_3_sft', '--json', '-'])
+    main(['data', 'check', '--config', str(tmp_path/'c.yaml'), '--section', 'unified_3_sft', '--json', '-'])
     r = json.loads(capsys.readouterr().out); assert r['sft']['rows'] == 40 and r['sft']['excluded'] == 1
-    with pytest.raises(SystemExit, match='Did you mean .unified_3_sft'): data_command(['check', '--config', str(tmp_path/'c.yaml'), '--section',
+    with pytest.raises(SystemExit, match='Did you mean .unified_3_sft'): main(['data', 'check', '--config', str(tmp_path/'c.yaml'), '--section',
         'unified_3_stf'])
 
 def test_duplicates_and_unlike_pairs_are_counted(tmp_path):
@@ -449,16 +448,16 @@ def test_duplicates_and_unlike_pairs_are_counted(tmp_path):
     (['check', 'full', '--match', 'some'], 'Allowed: contains, exact'), (['check', 'empty'], 'not one sample')])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path); numbered(tmp_path/'full', 1, 2); (tmp_path/'empty').mkdir()
-    with pytest.raises(SystemExit, match=says) as e: data_command(argv)
+    with pytest.raises(SystemExit, match=says) as e: main(['data', *argv])
     assert '\n' not in str(e.value)
 
 def test_the_command_is_installed_and_teaches(capsys):
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT/'settings.ini')
-    assert 'spar_data=spar.scale.data.cli:data_command' in ini['DEFAULT']['console_scripts']
+    assert ini['DEFAULT']['console_scripts'].strip() == 'spar=spar.command:main'
     for argv in (['--help'], ['check', '--help'], ['pack', '--help']):
-        with pytest.raises(SystemExit) as e: data_command(argv)
-        assert e.value.code == 0 and capsys.readouterr().out.count('spar_data') >= 4
+        with pytest.raises(SystemExit) as e: main(['data', *argv])
+        assert e.value.code == 0 and capsys.readouterr().out.count('spar data') >= 2
 
 
 # ---- the real objective, real processes ------------------------------------------------------------------------------

@@ -60,10 +60,10 @@ def prepare(profile: str, depth: int, tree: Path):
     settings = one_step(profile)
     (tree/f'configs/{PROFILE}.yaml').write_text(yaml.safe_dump(settings))
     random = ['--random', f'checkpoints/{profile}', '--profile', profile, '--depth', str(depth)]
-    print(output_of(run(['spar_models', *random], tree)))
+    print(output_of(run(['spar', 'models', *random], tree)))
     for what in ('captions', 'edits'):
         size = ['--count', '96', '--per-shard', '24']
-        output_of(run(['spar_data', 'pack', f'world:{what}', f'corpora/{what}', *size], tree))
+        output_of(run(['spar', 'data', 'pack', f'world:{what}', f'corpora/{what}', *size], tree))
     for source in (s for stage in STAGES for s in settings[stage]['source']['sources'].values()):
         to = tree/source['path']
         if to.exists(): continue
@@ -76,7 +76,7 @@ def main(profile: str, depth: int, tree: Path) -> bool:
     fine, results = True, tree/'metrics'/PROFILE
     for stage in ('prepare', *STAGES):
         began = time.time()
-        output_of(run(['spar_stage', stage, '--profile', PROFILE], tree))
+        output_of(run(['spar', 'stage', stage, '--profile', PROFILE], tree))
         peak = json.loads((results/'run.json').read_text())[stage]['peak_memory_gb']
         fine &= peak < GB
         metrics = results/f'stages/{stage}.json'

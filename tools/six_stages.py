@@ -43,7 +43,7 @@ LR = 1e-4
 CLOSE, SHARE = 4 * LR, .01    # two steps of opposite sign; the share of weights that may be farther off than 1e-5
 TWO = [
     'accelerate-launch', '--config_file', 'configs/accelerate/ddp.yaml', '--num_processes', '2',
-    '--main_process_port', '0', '-m', 'spar.running.runner',
+    '--main_process_port', '0', '-m', 'spar', 'stage',
 ]
 
 
@@ -130,9 +130,9 @@ def prepared(tree: Path, base: str):
     (tree/f'configs/{PROFILE}.yaml').write_text(yaml.safe_dump(shards_profile(base)))
     for what in ('captions', 'edits'):
         size = ['--count', '48', '--per-shard', '8']
-        out = output_of(run(['spar_data', 'pack', f'world:{what}', f'corpora/{what}', *size], tree))
+        out = output_of(run(['spar', 'data', 'pack', f'world:{what}', f'corpora/{what}', *size], tree))
         print(out.strip().splitlines()[-1])
-    output_of(run(['spar_stage', 'prepare', '--profile', PROFILE], tree))
+    output_of(run(['spar', 'stage', 'prepare', '--profile', PROFILE], tree))
 
 
 def compared(stage: str, whole: Path, broken: Path) -> dict:      # `difference`
@@ -140,7 +140,7 @@ def compared(stage: str, whole: Path, broken: Path) -> dict:      # `difference`
     began = time.time()
     output_of(run([*TWO, stage, '--profile', PROFILE], whole))
     seconds, step = time.time() - began, killed(stage, broken)
-    out = output_of(run(['spar_stage', stage, '--profile', PROFILE], broken))
+    out = output_of(run(['spar', 'stage', stage, '--profile', PROFILE], broken))
     assert f'Resumed at step {step} of {STEPS}' in out, out[-3000:]
     result = Path('artifacts', PROFILE, stage)
     d = difference(whole/result, broken/result)

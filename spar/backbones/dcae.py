@@ -6,11 +6,11 @@
 __all__ = ['mini_dcae', 'DCAE', 'load_dcae', 'save_dcae']
 
 # %% ../../nbs/backbones/dcae.ipynb #2eb274b9
-from ..core import atomic_path, freeze, is_first
+from ..core import freeze, is_first
 import torch
 import torch.nn as nn
 from diffusers import AutoencoderDC
-from .folders import cast, check_loading, need_folder
+from .folders import cast, check_loading, need_folder, saved_folder
 
 # %% ../../nbs/backbones/dcae.ipynb #4cd64ebb
 def mini_dcae(
@@ -66,4 +66,4 @@ def load_dcae(path, dtype=torch.float32) -> DCAE:
 def save_dcae(dcae: DCAE, path, dtype=torch.bfloat16):
     "Write config and weights in the layout that `load_dcae` reads, in the first process alone."
     if not is_first(): return
-    with atomic_path(path) as tmp: cast(dcae.hf, dtype).save_pretrained(tmp)
+    with saved_folder(path) as tmp: cast(dcae.hf, dtype).save_pretrained(tmp)

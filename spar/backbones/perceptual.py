@@ -9,12 +9,12 @@ __all__ = ['LPIPS_FILES', 'PerceptualMini', 'trusted_tensors', 'PerceptualVGG', 
 # %% ../../nbs/backbones/perceptual.ipynb #86d17bf9
 import hashlib
 from pathlib import Path
-from ..core import atomic_path, freeze, write_json
+from ..core import freeze, write_json
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from .folders import need_folder
+from .folders import need_folder, saved_folder
 
 # %% ../../nbs/backbones/perceptual.ipynb #05873393
 def _torchvision_names(net: nn.Module, prefix: str = '') -> dict:
@@ -90,8 +90,7 @@ def load_lpips(path) -> nn.Module | None:
 # %% ../../nbs/backbones/perceptual.ipynb #3331f115
 def save_lpips(features: dict, path, dtype=torch.bfloat16):
     "Write the SqueezeNet's features (state of torchvision's `squeezenet1_1().features`) for `load_lpips`."
-    with atomic_path(path) as tmp:
-        tmp.mkdir()
+    with saved_folder(path) as tmp:
         write_json(tmp / 'config.json', dict(architecture='squeezenet1_1.features', name=PerceptualMini.name))
         save_file({k: v.detach().to(dtype).contiguous() for k, v in features.items()}, tmp / 'model.safetensors')
 

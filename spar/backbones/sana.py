@@ -8,13 +8,13 @@ __all__ = ['mini_sana', 'mini_text_encoder', 'flow_scheduler', 'Text2Image', 'Ca
 # %% ../../nbs/backbones/sana.ipynb #d654f814
 from pathlib import Path
 from typing import NamedTuple
-from ..core import atomic_path, freeze, is_first, read_json, write_json
+from ..core import freeze, is_first, read_json, write_json
 import torch
 import torch.nn as nn
 from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
 from fastcore.basics import patch
 from transformers import AutoModel, AutoTokenizer, Qwen2Config, Qwen2Model
-from .folders import cast, check_loading, load_whole, need_folder
+from .folders import cast, check_loading, load_whole, need_folder, saved_folder
 from .mllm import pad_left, position_ids
 from .words import encode_text as word_ids
 
@@ -182,7 +182,7 @@ def load_sana(path, text_encoder: bool = False, dtype=torch.float32) -> Text2Ima
 def save_sana(base: Text2Image, path, dtype=torch.bfloat16):
     "Write diffusers' layout and the latent statistics, in the first process alone."
     if not is_first(): return
-    with atomic_path(path) as tmp:
+    with saved_folder(path) as tmp:
         cast(base.transformer, dtype).save_pretrained(tmp / 'transformer')
         cast(base.text_encoder, dtype).save_pretrained(tmp / 'text_encoder')
         base.tokenizer.save_pretrained(tmp / 'tokenizer')

@@ -9,6 +9,7 @@ __all__ = ['in_batches', 'renders', 'in_precision']
 from ..core import autocast, check_number, PositiveInt
 import torch
 from torch import Tensor
+from ..images import in_range
 from ..world.datasets import as_image
 from ..world.scenes import render
 
@@ -41,5 +42,5 @@ def in_precision(
     @torch.no_grad()
     def run(*args):
         with autocast(device, precision):
-            return fn(*args).float().clamp(-1, 1).cpu()
+            return in_range(fn(*args))
     return run

@@ -9,12 +9,13 @@ __all__ = ['Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'Judge'
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import atomic_path, Config, freeze, one_of, PositiveInt, read_json, write_json
+from ..core import Config, freeze, one_of, PositiveInt, read_json, write_json
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from torch.nn import functional as F
+from ..backbones.folders import saved_folder
 from ..world.scenes import boxes, DIALS, STYLES, TEXTURES
 
 # %% ../../nbs/mini/judge.ipynb #ba6c50d0
@@ -214,8 +215,7 @@ def save_pretrained(
     "Write configuration, vocabulary and weights."
     stored = lambda v: v.detach().to(dtype).cpu().contiguous()
     weights = {k: stored(v) for k, v in self.state_dict().items()}
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    with saved_folder(folder) as tmp:
         write_json(tmp/'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))
         save_file(weights, tmp / 'model.safetensors')
 

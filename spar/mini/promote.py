@@ -8,8 +8,9 @@ __all__ = ['tune', 'promote', 'folder_size', 'gather']
 # %% ../../nbs/mini/promote.ipynb #487934c9
 import shutil
 from pathlib import Path
-from ..core import atomic_path, read_json
+from ..core import read_json
 import torch.nn as nn
+from ..backbones.folders import saved_folder
 
 # %% ../../nbs/mini/promote.ipynb #db20e9f7
 def tune(module: nn.Module) -> nn.Module:
@@ -25,8 +26,7 @@ def promote(
     "Replace each base of `target` that `source` has."
     found = [n for n in names if (Path(source)/n).is_dir()]
     for n in found:
-        with atomic_path(Path(target)/n) as tmp:
-            shutil.copytree(Path(source)/n, tmp)
+        with saved_folder(Path(target)/n) as tmp: shutil.copytree(Path(source)/n, tmp, dirs_exist_ok=True)
     return found
 
 # %% ../../nbs/mini/promote.ipynb #50dc3adf

@@ -11,9 +11,9 @@ from ..training.notebook import import_closure
 
 # %% ../../nbs/running/contract.ipynb #cc475992
 def stage_of(entry: dict) -> str | None:
-    "The stage that an entry of dvc.yaml runs, by its command."
+    "The stage that an entry of dvc.yaml runs, by its command `spar stage NAME`."
     words = str(entry.get('cmd', '')).split()
-    return words[words.index('spar_stage') + 1] if 'spar_stage' in words else None
+    return next((name for a, b, name in zip(words, words[1:], words[2:]) if (a, b) == ('spar', 'stage')), None)
 
 def covers(dep: str, path: str) -> bool:
     "Is `path` this dependency, or below it?"

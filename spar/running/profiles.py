@@ -98,7 +98,7 @@ def stage_names(kind='stages') -> list[str]: return sorted(p.stem for p in Path(
 def notebook_of(name: str, kind='stages') -> Path:
     "The notebook of a stage, or an error that knows the others."
     if not stage_names(kind):
-        raise FileNotFoundError(f'no nbs/{kind}/*.ipynb here: run spar_stage in the root of the repository.')
+        raise FileNotFoundError(f'no nbs/{kind}/*.ipynb here: run spar stage in the root of the repository.')
     return Path('nbs', kind, one_of(name, stage_names(kind), 'stage') + '.ipynb')
 
 # %% ../../nbs/running/profiles.ipynb #f0ffca9e
@@ -128,7 +128,7 @@ def resolved(
 
 # %% ../../nbs/running/profiles.ipynb #800e06a1
 def complete(name: str, profile: str, kind: str = 'stages') -> dict:
-    "The same with every key of every dataclass, checked by the dataclasses: what `spar_stage NAME --show` prints."
+    "The same with every key of every dataclass, checked by the dataclasses: what `spar stage NAME --show` prints."
     params = resolved(name, profile, kind)
     for key, (module, cls) in typed_parameters(notebook_of(name, kind)).items():
         try: params[key] = getattr(importlib.import_module(module), cls).from_dict(params[key]).to_dict()

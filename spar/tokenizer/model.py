@@ -10,21 +10,25 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from ..core import atomic_path, Config, freeze, is_first, PositiveInt, read_config, write_config
+from ..core import Config, freeze, PositiveInt, read_config, read_json
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from diffusers import ModelMixin  # noqa: F401  a pipeline looks for it beside the class that it loads
+from fastcore.basics import patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from ..backbones.mllm import load_mllm, MLLM
+from transformers import InternVLConfig
+from ..backbones.mllm import encoder_of, load_mllm, MLLM
+from ..backbones.saved import load_saved, SavedModel
 from .latents import from_dit, latent_pairs, latent_stats_of, LatentStats, to_dit
 from .streams import DualStream, own_seed, StreamsConfig, to_grid
 
 # %% ../../nbs/method/04_tokenizer.ipynb #34234bba
 @dataclass
 class TokenizerConfig(Config):
-    "All that is needed to rebuild a tokenizer, given the MLLM."
+    "All that is needed to rebuild a tokenizer, beside the configuration of its encoder."
     streams: StreamsConfig = field(default_factory=StreamsConfig)
     decoder: dict[str, Any] = field(default_factory=dict)  # of the AutoencoderDC whose second half decodes
     side: PositiveInt = 448                                # pixels, the encoder's input
@@ -40,19 +44,27 @@ class Encoded:
     z_f: torch.Tensor         # [B, D_p, h, h] fused latent
 
 # %% ../../nbs/method/04_tokenizer.ipynb #d57a4b8f
-class _Autoencoder(nn.Module):
+class _Autoencoder(SavedModel):
     "Encoder, streams and decoder: images to latents and back."
+    ignore_for_config = ['streams', 'decoder']
+
     def __init__(
         self,
-        encoder: nn.Module,  # images [B, 3, H, W] in [-1, 1] -> f_v [B, N, D_s]
-        streams: DualStream,
-        decoder: nn.Module,  # z [B, D_p, h, h] -> images [B, 3, f h, f h]
-        cfg: TokenizerConfig,
+        vision: nn.Module | dict,  # images in [-1, 1] -> f_v [B, N, D_s]: an `Encoder`, or its `facts`
+        cfg: TokenizerConfig | dict,
+        streams: DualStream | None = None,  # None: new ones
+        decoder: nn.Module | None = None,  # z [B, D_p, h, h] -> images [B, 3, f h, f h]; None: a new one
     ):
         super().__init__()
-        self.encoder, self.streams, self.cfg = encoder, streams, cfg
+        self.cfg = cfg = TokenizerConfig.from_dict(cfg)
+        self.encoder = vision if isinstance(vision, nn.Module) else encoder_of(vision, cfg.side)
+        self.streams = DualStream(cfg.streams) if streams is None else streams
+        if decoder is None: decoder = AutoencoderDC.from_config(cfg.decoder).decoder
         self.decoder = decoder.to(memory_format=torch.channels_last)
         self.factor = 2**(len(cfg.decoder['decoder_block_out_channels']) - 1)  # pixels a token, along one side
+        self.register_to_config(vision=self.encoder.facts, **self.facts())
+
+    def facts(self) -> dict: return dict(cfg=self.cfg.to_dict())
 
     def encode(self, images) -> Encoded:  # [B, 3, H, W] in [-1, 1]
         "One pass of the encoder and the streams."
@@ -67,21 +79,13 @@ class _Autoencoder(nn.Module):
         "The latent as it is: no scale, no sampling."
         return self.decoder(z_f)
 
-    def train(self, mode=True):
-        "The encoder stays in evaluation mode, trained or not: L_s compares its features, so nothing is dropped."
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
-# %% ../../nbs/method/04_tokenizer.ipynb #3e945f6a
-def _save(tokenizer: _Autoencoder, folder):
-    "Write config.json and model.safetensors in one step, in the first process alone."
-    if not is_first(): return
-    state = {k: v.detach().cpu().contiguous() for k, v in tokenizer.state_dict().items()}
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
-        write_config(tmp/'config.json', tokenizer.cfg.to_dict())
-        save_file(state, tmp/'model.safetensors')
+# %% ../../nbs/method/04_tokenizer.ipynb #abe60ec9
+@patch
+def train(self: _Autoencoder, mode=True):
+    "The encoder stays in evaluation mode, trained or not: L_s compares its features, so nothing is dropped."
+    super(_Autoencoder, self).train(mode)
+    self.encoder.eval()
+    return self
 
 # %% ../../nbs/method/04_tokenizer.ipynb #8d45f12a
 def load_tensors(path: Path) -> dict:
@@ -111,22 +115,21 @@ def load_exactly(module: nn.Module, state: dict, where: str):
     module.load_state_dict(state)
 
 # %% ../../nbs/method/04_tokenizer.ipynb #b7f0ef97
-def _config_of(folder: Path, side: int | None) -> TokenizerConfig:
-    "The configuration of a saved tokenizer, for images of `side` pixels if one is given."
-    if not folder.is_dir(): raise FileNotFoundError(f'no tokenizer at {folder}: run `dvc repro`.')
-    cfg = TokenizerConfig.from_dict(read_config(folder/'config.json'))
-    cfg.side = side or cfg.side
-    return cfg
+def _check_width(mllm, D_s: int, folder):
+    "An error if the MLLM's features have another width than the tokenizer reads; of a path, its configuration is read."
+    config = mllm.hf.config if isinstance(mllm, MLLM) else InternVLConfig.from_pretrained(mllm)
+    if config.text_config.hidden_size == D_s: return
+    raise ValueError(
+        f'{folder} reads features of width {D_s}, this MLLM gives {config.text_config.hidden_size}: '
+        'use the MLLM the tokenizer was made from.'
+    )
 
-def _encoder_of(mllm, cfg: TokenizerConfig, folder: Path) -> nn.Module:
-    "A copy of the MLLM's encoder, if it is the one that the tokenizer was made from."
-    encoder = copy.deepcopy(mllm.encoder) if isinstance(mllm, MLLM) else load_mllm(mllm, side=cfg.side).encoder
-    if encoder.dim != cfg.streams.D_s:
-        raise ValueError(
-            f'{folder} reads features of width {cfg.streams.D_s}, this MLLM gives {encoder.dim}: '
-            'use the MLLM the tokenizer was made from.'
-        )
-    encoder.side = cfg.side
+def _encoder_of_old(folder: Path, mllm, side: int) -> nn.Module:
+    "The encoder of a folder that has no configuration of it."
+    if (folder/'encoder.json').is_file(): return encoder_of(read_json(folder/'encoder.json'), side)
+    if mllm is None: raise ValueError(f'{folder} is of an older format: pass mllm=, the MLLM it was made from.')
+    encoder = copy.deepcopy(mllm.encoder) if isinstance(mllm, MLLM) else load_mllm(mllm, side=side).encoder
+    encoder.side = side
     return encoder
 
 # %% ../../nbs/method/04_tokenizer.ipynb #1a5ecb3c
@@ -154,22 +157,32 @@ class Tokenizer(_Autoencoder):
         "The inverse of `to_dit`."
         return from_dit(self.cfg.stats, x0)
 
-    def save_pretrained(self, folder):    # replaced in one step
-        _save(self, folder)
+# %% ../../nbs/method/04_tokenizer.ipynb #acc0912c
+def _load_old(cls, folder: Path, mllm, dtype):
+    "A tokenizer of format 0 or 1."
+    cfg = TokenizerConfig.from_dict(read_config(folder/'config.json'))
+    if mllm is not None: _check_width(mllm, cfg.streams.D_s, folder)
+    tokenizer = cls(_encoder_of_old(folder, mllm, cfg.side), cfg)
+    load_exactly(tokenizer, load_tensors(folder/'model.safetensors'), str(folder))
+    return freeze(tokenizer).to(dtype or torch.float32)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder,  # what `save_pretrained` wrote
-        mllm,  # the MLLM that it was made from: a path or an `MLLM`
-        side: int = None,  # pixels the encoder works at; None: as it was trained
-    ) -> 'Tokenizer':  # frozen
-        "Rebuild a tokenizer; missing, damaged or unfitting files raise errors that name them."
-        cfg = _config_of(folder := Path(folder), side)
-        encoder, decoder = _encoder_of(mllm, cfg, folder), AutoencoderDC.from_config(cfg.decoder).decoder
-        tokenizer = cls(encoder, DualStream(cfg.streams), decoder, cfg)
-        load_exactly(tokenizer, load_tensors(folder/'model.safetensors'), str(folder))
-        return freeze(tokenizer)
+@patch(cls_method=True)
+def from_pretrained(
+    cls: Tokenizer,
+    folder,  # what `save_pretrained` wrote, or a repository of the Hub
+    mllm=None,  # a path or an `MLLM`: its width is checked; formats 0 and 1 cannot do without it
+    side: int | None = None,  # pixels the encoder works at; None: as it was trained
+    **options,  # of diffusers: torch_dtype, variant, subfolder, ...
+) -> Tokenizer:  # frozen
+    "Rebuild a tokenizer; missing, damaged or unfitting files raise errors that name them."
+    inside = Path(folder)/(options.get('subfolder') or '')
+    old = inside.is_dir() and 'vision' not in read_config(inside/'config.json')
+    if old: tokenizer = _load_old(cls, inside, mllm, options.get('torch_dtype'))
+    else: tokenizer = load_saved(cls, folder, **options)
+    if mllm is not None: _check_width(mllm, tokenizer.cfg.streams.D_s, folder)
+    if side: tokenizer.cfg.side = tokenizer.encoder.side = side
+    tokenizer.decoder.to(memory_format=torch.channels_last)
+    return tokenizer
 
 # %% ../../nbs/method/04_tokenizer.ipynb #f200f432
 def _plain_config(hf: AutoencoderDC) -> dict:
@@ -195,4 +208,4 @@ def new_tokenizer(
     shapes = _shapes(streams or {}, mllm.encoder.dim, dcae.channels)
     cfg = TokenizerConfig(shapes, _plain_config(dcae.hf), mllm.encoder.side)
     with own_seed(seed, 'streams'): dual = DualStream(shapes)
-    return Tokenizer(copy.deepcopy(mllm.encoder), dual, copy.deepcopy(dcae.decoder), cfg)
+    return Tokenizer(copy.deepcopy(mllm.encoder), cfg, dual, copy.deepcopy(dcae.decoder))

@@ -8,12 +8,17 @@ __all__ = ['ConditionConfig', 'instruction', 'Sequence', 'with_reference', 'sequ
 # %% ../../nbs/method/10_condition.ipynb #ab30440f
 import copy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import NamedTuple
-from ..core import Config, freeze, normal, one_of, PositiveInt
+from ..core import Config, freeze, normal, one_of, pick_device, PositiveInt
 import torch
+from diffusers import ModelMixin  # noqa: F401  a pipeline looks for it beside the class that it loads
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..backbones.mllm import Chat, MLLM, pad_left
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from ..backbones.mllm import Chat, MLLM, pad_left, plain_json
+from ..backbones.saved import load_saved, SavedModel
 from .layers import as_bias, tap, tap_layers
 from .routing import Routing, RoutingConfig, shares
 
@@ -118,6 +123,21 @@ def forward(
     for layer in self.layers: x = layer(x, attention_mask=bias, position_ids=positions, position_embeddings=rotary)
     return self.project(self.norm(x))
 
+# %% ../../nbs/method/10_condition.ipynb #777121c1
+def _last_layers(
+    language: dict,  # configuration of a Qwen2Model
+    n: int,  # how many of its layers are built
+) -> SimpleNamespace:  # what `Connector` copies of a language model
+    "The end of a language model with random weights; torch's generator continues as if nothing had been drawn."
+    config = Qwen2Config.from_dict(language)
+    config._attn_implementation = 'eager' if pick_device().type == 'cpu' else 'sdpa'      # as `MLLM` has it
+    L = config.num_hidden_layers
+    with torch.random.fork_rng(devices=[]):
+        layers = [Qwen2DecoderLayer(config, k) if k >= L - n else nn.Identity() for k in range(L)]
+        norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
+    rotary = Qwen2RotaryEmbedding(config)
+    return SimpleNamespace(config=config, layers=nn.ModuleList(layers), norm=norm, rotary_emb=rotary)
+
 # %% ../../nbs/method/10_condition.ipynb #2561cc40
 class Conditioned(NamedTuple):
     "What the transformer attends to."
@@ -127,26 +147,61 @@ class Conditioned(NamedTuple):
     sequence: Sequence     # what stands at each position
 
 # %% ../../nbs/method/10_condition.ipynb #d852fa3f
-class Condition(nn.Module):
+class Condition(SavedModel):
     "Queries, frozen language model, routing, connector (paper, section 3.3)."
+    ignore_for_config = ['seed']
+
     def __init__(
         self,
-        mllm: MLLM,  # frozen; held by reference, never saved with this module
+        language: MLLM | dict,  # frozen, by reference, never saved here; or its language model's configuration
         C: int,  # width of what comes out: the transformer's caption width, or its own (`projection: linear`)
-        cfg: ConditionConfig | None = None,
+        cfg: ConditionConfig | dict | None = None,
         seed: int = 0,  # of the queries
     ):
         super().__init__()
-        self.mllm, self.cfg = freeze(mllm), cfg or ConditionConfig()
-        self.queries = nn.Parameter(_query_init(mllm.lm, self.cfg.queries, seed))
-        self.routing = Routing(mllm.hidden_size, self.cfg.routing)
-        self.connector = Connector(mllm.lm, self.cfg.layers, C)
-        self.taps = tap_layers(mllm.num_layers, self.cfg.routing.K)
+        self.cfg = cfg = ConditionConfig.from_dict(cfg)
+        copied = isinstance(language, MLLM)
+        lm = language.lm if copied else _last_layers(language, cfg.layers)
+        D, L = lm.config.hidden_size, lm.config.num_hidden_layers
+        self.queries = nn.Parameter(_query_init(lm, cfg.queries, seed) if copied else torch.zeros(cfg.queries, D))
+        self.routing = Routing(D, cfg.routing)
+        self.connector = Connector(lm, cfg.layers, C)
+        self.taps = tap_layers(L, cfg.routing.K)
+        self.register_to_config(language=plain_json(lm.config), C=C, **self.facts())
+        if copied: self.attach(language)
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.mllm.eval()    # always
-        return self
+    def facts(self) -> dict: return dict(cfg=self.cfg.to_dict())
+
+    @property
+    def mllm(self) -> MLLM:
+        "The language model that is read."
+        if 'attached' in vars(self): return vars(self)['attached']
+        raise RuntimeError('this condition was loaded without a language model: give it one by `attach`.')
+
+# %% ../../nbs/method/10_condition.ipynb #9d27d5cd
+@patch
+def attach(
+    self: Condition,
+    mllm: MLLM,  # the one it was trained with
+) -> Condition:
+    "Read this language model, by reference; one of another shape is an error."
+    for key in ('hidden_size', 'num_hidden_layers', 'vocab_size'):
+        wanted, has = self.config['language'][key], getattr(mllm.lm.config, key)
+        if wanted != has: raise ValueError(f'this condition was made for {key}={wanted}, the language model has {has}.')
+    vars(self)['attached'] = freeze(mllm)
+    return self
+
+@patch
+def train(self: Condition, mode=True):
+    "The language model stays in evaluation mode, always."
+    super(Condition, self).train(mode)
+    if 'attached' in vars(self): self.mllm.eval()
+    return self
+
+@patch(cls_method=True)
+def from_pretrained(cls: Condition, folder, **options) -> Condition:
+    "A folder's condition, frozen, without a language model; the errors and options of `load_saved`."
+    return load_saved(cls, folder, **options)
 
 # %% ../../nbs/method/10_condition.ipynb #f5f4b7e7
 @patch

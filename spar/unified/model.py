@@ -8,15 +8,16 @@ __all__ = ['UnifiedConfig', 'Unified']
 # %% ../../nbs/method/13_unified.ipynb #25c7767b
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from ..core import atomic_path, autocast, Config, freeze, is_first, one_of, read_config, seed_for, write_config
+from ..core import autocast, Config, freeze, is_first, one_of, read_config, seed_for, write_config
 import torch
 from diffusers import SanaTransformer2DModel
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
-from ..backbones.folders import check_loading
+from ..backbones.folders import check_loading, saved_folder
 from ..backbones.mllm import MLLM
 from ..backbones.perceptual import load_features
+from ..images import in_range
 from ..tokenizer.model import misfits, Tokenizer
 from .alignment import Alignment, AlignmentConfig, LastMap
 from .condition import Condition, ConditionConfig
@@ -165,7 +166,7 @@ def sample(
         f_v = None if reference is None else self.image_tokenizer.encoder(reference.to(self.device))
         cond, empty = self.condition(prompts, f_v), self.condition([''] * len(prompts), f_v)
         x0 = sample_latent(self.transformer, cond, empty, noise, self.cfg.flow, num_inference_steps, guidance_scale)
-        return self.decode(x0).float().clamp(-1, 1).cpu()
+        return in_range(self.decode(x0))
 
 # %% ../../nbs/method/13_unified.ipynb #7d47af8a
 @patch
@@ -188,8 +189,7 @@ def save_pretrained(
 ):
     "Write the trained parts, in the first process alone."
     if not is_first(): return
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    with saved_folder(folder) as tmp:
         write_config(tmp/'config.json', (self.cfg if head else _headless(self.cfg)).to_dict())
         state = {k: v for k, v in self.own_state().items() if head or not k.startswith('alignment.')}
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp / 'model.safetensors')

@@ -12,6 +12,7 @@ from importlib.resources import files
 from ..core import one_of, rng
 import numpy as np
 from PIL import Image
+from ..images import read_image
 from .scenes import draw_name, SIDE, SPLITS
 
 # %% ../../nbs/world/photos.ipynb #c8776a42
@@ -31,7 +32,7 @@ def photograph(
     name: str,  # one of `photographs(split)`
 ) -> Image.Image:
     "A photograph in RGB, shorter side at most 320 pixels."
-    img = Image.open(io.BytesIO((_FOLDER / name).read_bytes())).convert('RGB')
+    img = read_image(io.BytesIO((_FOLDER / name).read_bytes())).image
     k = 320 / min(img.size)
     if k >= 1: return img
     size = round(img.width * k), round(img.height * k)

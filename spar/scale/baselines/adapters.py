@@ -181,7 +181,7 @@ def _own(b: Baseline, sampling: dict, device):
     if b.task in DRAWING_TASKS: return spar_drawer(pipe, **sampling)
     def answer(pictures, questions):
         if pictures: return pipe.answer(pictures, questions, 16)
-        return pipe.mllm.answer(None, questions, 16)
+        return pipe.opened_mllm.answer(None, questions, 16)
     return answer
 
 def system_of(b: Baseline, sampling: dict, device):

@@ -8,11 +8,11 @@ __all__ = ['small_folders']
 # %% ../../../nbs/scale/baselines/small.ipynb #9bbf3de5
 from pathlib import Path
 from types import SimpleNamespace
-from ...core import atomic_path
+import spar.core  # noqa: F401  declares what diffusers may miss in torchvision, so it comes first
 import diffusers
 import torch
 from ...backbones.dcae import load_dcae
-from ...backbones.folders import need_folder
+from ...backbones.folders import need_folder, saved_folder
 from ...backbones.mllm import load_mllm
 from ...backbones.sana import load_sana
 
@@ -40,7 +40,7 @@ def _write_internvl(bases: Path, out):
     from spar.scale.export import harness_processor
     mllm = load_mllm(bases/'mllm')
     mllm.hf.save_pretrained(out)
-    harness_processor(SimpleNamespace(mllm=mllm, side=mllm.side)).save_pretrained(out)
+    harness_processor(SimpleNamespace(opened_mllm=mllm, tokenizer=mllm.tokenizer, side=mllm.side)).save_pretrained(out)
 
 # %% ../../../nbs/scale/baselines/small.ipynb #10705196
 def _small_clip(tk):
@@ -106,9 +106,8 @@ def small_folders(out, bases='data/bases', seed: int = 0) -> dict:
     out, bases = Path(out), Path(bases)
     need_folder(bases/'mllm', 'bases')
     params = _small_params(out, bases)
-    with torch.random.fork_rng(devices=[]), atomic_path(out) as tmp:
+    with torch.random.fork_rng(devices=[]), saved_folder(out, ('baselines.yaml',)) as tmp:
         torch.manual_seed(seed)
-        tmp.mkdir()
         _write_internvl(bases, tmp/'internvl')
         _write_sana(bases, tmp/'sana')
         _write_pix2pix(bases, tmp/'pix2pix')

@@ -177,7 +177,7 @@ LMMS_TASKS = {
 
 # %% ../../../nbs/scale/benchmarks/mmvp.ipynb #d6beff5b
 def lmms_commands(
-    model: str,  # folder that `spar_export` wrote
+    model: str,  # folder that `spar export` wrote
     out: str,  # folder for its logs
     processes: int = 1,  # GPUs
 ) -> str:  # shell commands

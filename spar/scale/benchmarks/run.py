@@ -181,9 +181,9 @@ def spar_drawer(
     from spar.images import to_pil
     sampling = dict(num_inference_steps=steps, guidance_scale=guidance, seed=seed)
     def draw(texts, sources, indices):
-        texts = checked_texts(texts, pipe.mllm.tokenizer)
+        texts = checked_texts(texts, pipe.tokenizer)
         reference = None if sources is None else pipe.pictures(sources)[0]
-        images = pipe.unified.sample(texts, reference, indices=indices, precision=pipe.precision, **sampling)
+        images = pipe.sample(texts, reference, indices=indices, **sampling)
         all_finite(images, [f'number {i} ({t!r})' for i, t in zip(indices, texts)], 'the picture')
         return to_pil(images)
     return draw

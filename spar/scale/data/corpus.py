@@ -198,7 +198,7 @@ def stop_if_broken(self: Corpus):
     if n < 100 or broken <= self.cfg.max_broken * n: return
     raise TooManyBroken(
         f'{broken} of {n} samples are broken, more than max_broken = {self.cfg.max_broken}. The last: {self.last}. '
-        'Run `spar_data check` on the sources, mend them, or raise max_broken.'
+        'Run `spar data check` on the sources, mend them, or raise max_broken.'
     )
 
 # %% ../../../nbs/scale/data/corpus.ipynb #1856ce93
@@ -235,7 +235,7 @@ def __getitem__(self: Corpus, k: int) -> dict:
         sample = self.attempt(name, r, int(k))
         if sample is not None: return sample
     raise TooManyBroken(
-        f'Source {name!r}: 65 samples in a row could not be used. Run `spar_data check {self.configs[name].path}`.'
+        f'Source {name!r}: 65 samples in a row could not be used. Run `spar data check {self.configs[name].path}`.'
     )
 
 # %% ../../../nbs/scale/data/corpus.ipynb #7b6ac9ca

@@ -221,7 +221,7 @@ def _known_counts(path) -> dict:     # shard -> [samples, *stamp]
     return {n: v for n, v in table.items() if _is_count(v)} if isinstance(table, dict) else {}
 
 # %% ../../../nbs/scale/data/sources.ipynb #a4b52fab
-_UNCOUNTED = '{} shards are being counted; `spar_data check --counts` does it once for all'
+_UNCOUNTED = '{} shards are being counted; `spar data check --counts` does it once for all'
 
 class Shards(Source):
     "A folder of WebDataset shards: uncompressed `*.tar`, a sample's members side by side."
@@ -265,7 +265,7 @@ def write_counts(self: Shards):
     write_json(self.root/COUNTS, {name: [rows, *stamp(self.path(name))] for name, rows in whole.items()})
 
 # %% ../../../nbs/scale/data/sources.ipynb #0d96e0c6
-_MISCOUNTED = '{}: {} samples were counted, it holds {}; `spar_data check --counts` counts them again'
+_MISCOUNTED = '{}: {} samples were counted, it holds {}; `spar data check --counts` counts them again'
 
 @patch
 def opened(self: Shards, part: int) -> tuple[int, np.ndarray]:

@@ -32,7 +32,7 @@ def architecture(
 ) -> dict:  # repository, class, config, parameters, file_dtype, how_sure, ...
     "One public checkpoint's configuration; an unknown name is an error that lists the others."
     names = sorted(p.stem for p in _MODELS.glob('*.json') if p.stem != 'profiles')
-    if not names: raise FileNotFoundError(f'no {_MODELS}/*.json here: run spar_models in the root of the repository.')
+    if not names: raise FileNotFoundError(f'no {_MODELS}/*.json here: run `spar models` in the root of the repository.')
     return read_json(_MODELS/f'{one_of(name, names, "architecture")}.json')
 
 # %% ../../../nbs/scale/models/parts.ipynb #e949fb3c

@@ -9,7 +9,7 @@ __all__ = ['gemma_like', 'write_mllm', 'write_dcae', 'write_sana', 'random_folde
 import copy
 import json
 from pathlib import Path
-from ...core import atomic_path, seed_for, write_json
+from ...core import seed_for, write_json
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from tokenizers import AddedToken, models as token_models, pre_tokenizers, Tokenizer, trainers
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     GemmaTokenizer, GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor, Qwen2Tokenizer,
 )
+from ...backbones.folders import saved_folder
 from ...backbones.perceptual import LPIPS_FILES
 from ...mini.judge import Judge, JudgeConfig
 from .parts import recipe, shallow, skeleton, text_encoder_skeleton
@@ -108,7 +109,7 @@ def _processor(arch: dict, tk) -> InternVLProcessor:
 # %% ../../../nbs/scale/models/random.ipynb #d489774d
 def write_mllm(path, arch: dict, seed: int, shard=_SHARD):
     "InternVL in the layout of transformers: weights, tokenizer, processor."
-    with atomic_path(path) as tmp:
+    with saved_folder(path) as tmp:
         _write_network(tmp, 'mllm', arch, seed, shard)
         tk = _qwen_like(arch)
         _processor(arch, tk).save_pretrained(tmp)
@@ -117,7 +118,7 @@ def write_mllm(path, arch: dict, seed: int, shard=_SHARD):
 # %% ../../../nbs/scale/models/random.ipynb #225609e9
 def write_dcae(path, arch: dict, seed: int, shard=_SHARD):
     "The autoencoder in the layout of diffusers."
-    with atomic_path(path) as tmp: _write_network(tmp, 'dcae', arch, seed, shard)
+    with saved_folder(path) as tmp: _write_network(tmp, 'dcae', arch, seed, shard)
 
 # %% ../../../nbs/scale/models/random.ipynb #960260ec
 def _write_text(path, arch: dict, seed: int, full: bool, shard: str):
@@ -130,7 +131,7 @@ def _write_text(path, arch: dict, seed: int, full: bool, shard: str):
 
 def write_sana(path, arch: dict, seed: int, full: bool, shard=_SHARD):
     "Transformer, scheduler, scale of the latents, and the base's own text encoder and tokenizer."
-    with atomic_path(path) as tmp:
+    with saved_folder(path) as tmp:
         _write_network(tmp/'transformer', 'sana', arch, seed, shard)
         scheduler = {k: v for k, v in arch['scheduler'].items() if not k.startswith('_')}
         DPMSolverMultistepScheduler.from_config(scheduler).save_pretrained(tmp/'scheduler')
