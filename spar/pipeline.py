@@ -160,7 +160,7 @@ class _Reconstructs:
     ) -> SparOutput:
         "Encode and decode: what the latent keeps of a picture."
         x, notes = self.pictures(image)
-        again = lambda images: self.image_tokenizer.reconstruct(images.to(self.device)).float().clamp(-1, 1)
+        def again(images): return self.image_tokenizer.reconstruct(images.to(self.device)).float().clamp(-1, 1)
         with autocast(self.device, self.precision): out = [again(x[b]) for b in _batches(len(x), batch_size)]
         return SparOutput(to_pil(torch.cat(out)), notes)
 

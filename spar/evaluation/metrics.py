@@ -187,7 +187,7 @@ def bootstrap_tasks(
 ) -> list[float]:  # [low, high]
     "Interval of the weighted mean of the task means, sources drawn with all their values."
     weights = weights or {k: 1 / len(tasks) for k in tasks}
-    checked = lambda k, v: need_finite(torch.as_tensor(v, dtype=torch.float64), f'values of {k}').numpy()
+    def checked(k, v): return need_finite(torch.as_tensor(v, dtype=torch.float64), f'values of {k}').numpy()
     tasks = {k: checked(k, v) for k, v in tasks.items()}
     total = {k: np.zeros((repeats, 2)) for k in tasks}
     for names, cells in _strata(tasks, sources or {}).items():

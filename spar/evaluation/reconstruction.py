@@ -46,7 +46,7 @@ def reconstruction_mini(
     if net is not None and rank_only(*reference.shape):
         print('rfid_efflite0: {} pictures in {} dimensions, rank order only.'.format(*reference.shape))
     for name, reconstruct in systems.items():
-        batch = lambda a, b: reconstruct(images[a:b]).float().cpu()
+        def batch(a, b): return reconstruct(images[a:b]).float().cpu()
         again = need_finite(in_batches(batch, len(images), batch_size), f'reconstructions by {name}')
         table[name] = _row(images, again, lpips, seed, batch_size, sources)
         if net is not None: table[name] |= _fid_columns(reference, features(net, again), least)

@@ -77,7 +77,7 @@ class LatentCaptions:
     ):
         self.seed, self.split, self.dial = seed, split, dial
         self.latents, self.cells, self.share = latents, cells, twos
-        has_two = lambda i: len(scene(seed, split, i, dial).glyphs) == 2
+        def has_two(i): return len(scene(seed, split, i, dial).glyphs) == 2
         self.twos = [i for i in range(len(latents)) if has_two(i)] if twos else []
     def describe(self, s, k):
         "A caption; a quarter of them name no colour of a thing."

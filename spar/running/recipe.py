@@ -36,7 +36,7 @@ def recipe_differences(
     "What a profile changes; folders, data and prompts apart."
     ours, theirs = _settings(profile), _settings(recipe)
     keys = (k for k in theirs | ours if _as_number(theirs.get(k)) != _as_number(ours.get(k)))
-    own = lambda v: isinstance(v, str) and v.startswith(('artifacts/', 'metrics/', 'plots/'))
+    def own(v): return isinstance(v, str) and v.startswith(('artifacts/', 'metrics/', 'plots/'))
     return {k: (_as_number(theirs.get(k)), _as_number(ours.get(k))) for k in keys if not own(ours.get(k))}
 
 # %% ../../nbs/running/recipe.ipynb #7c10a009
@@ -79,7 +79,7 @@ def _parts() -> list[tuple]:  # (what, the recipe's, ours, why)
     shuffle = inspect.signature(mini_mllm).parameters['downsample'].default
     rows = complete('mllm', 'bases', 'bases')['rows']
     taught = f"{rows['prompts']} row of the generator's template a scene, edits in {rows['edits']:.0%} of the rows"
-    positions = lambda config: 'sine and cosine' if config['interpolation_scale'] is not None else 'none'
+    def positions(config): return 'sine and cosine' if config['interpolation_scale'] is not None else 'none'
     return [
         ('positions in the DiT', positions(published['sana-600m-512px']), positions(mini_sana(layers=1).config),
          'a transformer of six layers on 8 x 8 latents finds no places by its convolutions alone'),
@@ -93,7 +93,7 @@ def _parts() -> list[tuple]:  # (what, the recipe's, ours, why)
 def _row(reason: dict, found: dict) -> tuple[str, dict]:
     "One line of the table, of the differences that one reason explains."
     names = list(dict.fromkeys(k.split('.', 1)[1] for k in found))
-    of = lambda i: ' / '.join(_joined(v[i] for k, v in found.items() if k.split('.', 1)[1] == n) for n in names)
+    def of(i): return ' / '.join(_joined(v[i] for k, v in found.items() if k.split('.', 1)[1] == n) for n in names)
     what = ' / '.join(f'`{n}`' for n in names) + f' ({_named(list(found))})'
     return what, {'recipe': of(0), 'whose': _WHOSE[reason['whose']], 'miniature': of(1), 'why': reason['why']}
 

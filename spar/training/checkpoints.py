@@ -111,7 +111,7 @@ def stage_parts(
     "All that decides a stage's outcome, by name."
     settings = dict(_settings(params))
     rounding = {k: settings.pop(k) for k in list(settings) if k.rpartition('.')[2] in _ROUNDING}
-    hashes = lambda paths: {str(p): file_hash(p)[:16] for p in sorted(map(str, paths))}
+    def hashes(paths): return {str(p): file_hash(p)[:16] for p in sorted(map(str, paths))}
     code = hashes(code) | {'cells of the notebook': f'{zlib.crc32(cells.encode()):08x}'}
     return dict(settings=settings, rounding=rounding, code=code, inputs=hashes(inputs))
 

@@ -293,7 +293,7 @@ def fits(name: str, colour: str, ground_colour: str) -> bool:
 
 def survives_grey(scene: Scene) -> bool:
     "Does every thing still differ from its ground when only brightness is left? (Red on blue does not.)"
-    bright = lambda c: float(np.dot(COLOURS[c], _BRIGHTNESS))
+    def bright(c): return float(np.dot(COLOURS[c], _BRIGHTNESS))
     ground = bright(scene.background.colour)
     return all(abs(bright(x.colour) - ground) > 40 for x in scene.glyphs)
 

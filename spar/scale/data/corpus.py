@@ -122,7 +122,7 @@ def partition(self: Corpus):
     self.slots = self.cfg.slots or math.gcd(self.unit, 64)
     if self.unit % self.slots:
         raise ValueError(f'slots {self.slots} must divide the micro-batch of {self.unit} samples.')
-    order = lambda n, s: MixedOrder(s, self.slots * self.cfg.groups, self.seed, n, self.cfg.window)
+    def order(n, s): return MixedOrder(s, self.slots * self.cfg.groups, self.seed, n, self.cfg.window)
     self.orders = {n: order(n, s) for n, s in self.sources.items()}
     self.blends = {}
 

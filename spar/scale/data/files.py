@@ -27,8 +27,8 @@ def files_below(
 ) -> tuple[list[str], list[str]]:  # files relative to `root`; what is wrong with folders
     "All files below a folder, sorted by name; a folder that is reached twice is listed once."
     names, faults, seen = [], [], set()
-    shown = lambda path: printable(os.path.relpath(path, root))
-    failed = lambda e: faults.append(f'{shown(e.filename)}: cannot be listed ({e.strerror})')
+    def shown(path): return printable(os.path.relpath(path, root))
+    def failed(e): return faults.append(f'{shown(e.filename)}: cannot be listed ({e.strerror})')
     for folder, below, files in os.walk(root, onerror=failed, followlinks=follow):
         below.sort()
         within = '' if Path(folder) == Path(root) else os.path.relpath(folder, root) + '/'
