@@ -351,7 +351,7 @@ def test_a_hugging_face_cache_is_read(tmp_path, what):
     assert corpus(root)[0]['image'].shape == (3, 16, 16)
 
 def test_a_snapshot_does_not_open_the_rest_of_the_disk(tmp_path):
-    (tmp_path/'secret.png').write_bytes(png()); f = a_folder(tmp_path/'f')
+    (tmp_path/'secret.png').write_bytes(png()); a_folder(tmp_path/'f')
     lines = [json.dumps(dict(image=p, caption='a dog')) for p in ('l.png', '../../blobs/' + '0' * 40, '../../../../secret.png', str(tmp_path/'secret.png'))]
     root = snapshot(tmp_path, {'captions.jsonl': '\n'.join(lines).encode()}); (root/'l.png').symlink_to(tmp_path/'secret.png')
     assert named(root)['broken'] == {'outside the folder': 4}
