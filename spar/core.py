@@ -162,14 +162,15 @@ class Config:
     __dataclass_fields__: typing.ClassVar[dict]      # every subclass is a dataclass
 
     def __setattr__(self, name, value):
-        if name in _kinds(type(self)): _check(value, _kinds(type(self))[name], f'{type(self).__name__}.{name}')
+        kinds = _kinds(type(self))  # type: ignore[arg-type]      # mypy: is a class hashable?
+        if name in kinds: _check(value, kinds[name], f'{type(self).__name__}.{name}')
         super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, d: dict | None):
         "Build from `d`; nested `Config` fields are built too; an unknown key is a `ValueError`."
         if isinstance(d, cls): return d
-        hints, given = _kinds(cls), dict(d or {})
+        hints, given = _kinds(cls), dict(d or {})  # type: ignore[arg-type]
         names = {f.name for f in fields(cls)}
         for key in given:
             if key not in names: raise unknown_key(key, names, cls.__name__)

@@ -156,8 +156,8 @@ def token_words(
     names = tokenizer.convert_ids_to_tokens(ids.tolist())
     first = len(names) - queries
     names = [n if i < first else f'q{i - first}' for i, n in enumerate(names)]
-    many = lambda i: i >= first or names[i] == '<IMG_CONTEXT>'
-    labelled = lambda i: i % 8 == 0 or not many(i)
+    def many(i): return i >= first or names[i] == '<IMG_CONTEXT>'
+    def labelled(i): return i % 8 == 0 or not many(i)
     shown = [i for i in range(len(names)) if mask[i] and labelled(i)]
     return [names[i] for i in shown], torch.tensor(shown)
 
@@ -168,7 +168,7 @@ def read_csv(
     "A small table of numbers; missing entries are nan."
     lines = Path(path).read_text().strip().splitlines()
     head, *rows = [line.split(',') for line in lines]
-    number = lambda row, i: float(row[i]) if i < len(row) and row[i] else np.nan
+    def number(row, i): return float(row[i]) if i < len(row) and row[i] else np.nan
     return {k: np.array([number(row, i) for row in rows]) for i, k in enumerate(head)}
 
 # %% ../nbs/using/figures.ipynb #bbf7eb26

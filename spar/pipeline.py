@@ -117,7 +117,7 @@ class _Reconstructs:
         one_of(output_type, OUTPUTS[:3], 'output_type')
         self.need('image_tokenizer')
         (x, notes), size = self.pictures(image, fit), whole_number(batch_size, 'batch_size', 1)
-        again = lambda images: self.image_tokenizer.reconstruct(images.to(self._execution_device))
+        def again(images): return self.image_tokenizer.reconstruct(images.to(self._execution_device))
         with self.computing(): images = torch.cat([again(x[b]) for b in slices(len(x), size)])
         self.maybe_free_model_hooks()
         out = SparOutput(images=shown(images, output_type), notes=notes)

@@ -7,12 +7,15 @@ from webdataset import TarWriter
 from conftest import ROOT
 from spar.images import read_image, squared
 from spar.scale.data.check import examine
-from spar.scale.data.cli import data_command
+from spar.command import main
 from spar.scale.data.corpus import Corpus, CorpusConfig, corpus_of, Stream
 from spar.scale.data.exclude import Exclude
 from spar.scale.data.sample import as_tensor, Broken, picture
 from spar.scale.data.sources import COUNTS, open_source, raw_sample, Shards, SourceConfig
 
+
+def data_command(argv):
+    if code := main(['data', *argv]): raise SystemExit(code)
 
 def png(im=None, form='PNG', **options):
     f = io.BytesIO()
@@ -351,7 +354,7 @@ def test_a_hugging_face_cache_is_read(tmp_path, what):
     assert corpus(root)[0]['image'].shape == (3, 16, 16)
 
 def test_a_snapshot_does_not_open_the_rest_of_the_disk(tmp_path):
-    (tmp_path/'secret.png').write_bytes(png()); f = a_folder(tmp_path/'f')
+    (tmp_path/'secret.png').write_bytes(png()); a_folder(tmp_path/'f')
     lines = [json.dumps(dict(image=p, caption='a dog')) for p in ('l.png', '../../blobs/' + '0' * 40, '../../../../secret.png', str(tmp_path/'secret.png'))]
     root = snapshot(tmp_path, {'captions.jsonl': '\n'.join(lines).encode()}); (root/'l.png').symlink_to(tmp_path/'secret.png')
     assert named(root)['broken'] == {'outside the folder': 4}
@@ -387,7 +390,7 @@ def odd_names(tmp_path):
 def test_a_name_that_is_no_utf8_loses_no_report(tmp_path, encoding):
     root = odd_names(tmp_path); env = {**os.environ, 'PYTHONIOENCODING': encoding, 'PYTHONPATH': str(ROOT)}
     for options in (['--json', str(tmp_path/'r.json')], ['--json', '-']):
-        call = [sys.executable, '-c', 'from spar.scale.data.cli import data_command; data_command()', 'check', str(root), '--task', 'image', *options]
+        call = [sys.executable, '-c', 'from spar.command import main; main()', 'data', 'check', str(root), '--task', 'image', *options]
         done = subprocess.run(call, env=env, cwd=ROOT, capture_output=True); out = done.stdout.decode(encoding)
         assert done.returncode == 0, done.stderr.decode('utf-8', 'replace')[-500:]
         if options[1] == '-': report = json.loads(out)

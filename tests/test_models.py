@@ -1,7 +1,6 @@
 """The paper's two sizes: profiles, parts, checks of folders and random stand-ins. Nothing large is allocated."""
-import json, os, shutil, subprocess, sys
 import json, os, shutil, subprocess
-from pathlib import Path
+import json, os, shutil, subprocess
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from spar.running.profiles import complete, yaml_file

@@ -7,8 +7,8 @@
 
 A stage runs once undisturbed; then its outputs and its run folder are removed, and it is started as often as it takes:
 while there are kills left, every process ends itself by SIGKILL in the middle of the step that was drawn for this
-start. Artifact, metrics and curves must be the same bytes. The code cells of the stage's notebook run in a fork of a process
-that has imported everything, so that a start takes as long as the stage and not as long as the imports.
+start. Artifact, metrics and curves must be the same bytes. The code cells of the stage's notebook run in a fork of a
+process that has imported everything, so that a start takes as long as the stage and not as long as the imports.
 """
 import argparse
 import hashlib
@@ -246,7 +246,7 @@ def faults(processes: int, every: int, tree: Path) -> bool:
         for after in (False, True):
             folder = tree/f'run{number}{after}'
             assert not trained(folder, number, after), f'call {number} was not reached'
-            if (found := trained(folder)[0]) != whole:
+            if trained(folder)[0] != whole:
                 print(f'died {"after" if after else "before"} call {number}: OTHER BYTES')
                 return False
     where = 'each' if every == 1 else f'every {every}th'
@@ -279,7 +279,8 @@ def replaced(tree: Path) -> bool:
                     print(f'died {"after" if after else "before"} call {number}: neither of the two')
                     return False
                 assert saved(0, 0, False, exchange)
-    print(f'a folder that replaces a folder: always one of the two, {calls.read_text()} calls, with exchange and without')
+    print(f'a folder that replaces a folder: always one of the two, {calls.read_text()} calls, '
+          'with exchange and without')
     return True
 
 

@@ -77,7 +77,7 @@ def foreign_files(
 ) -> list[str]:  # relative paths; an empty folder counts as a file
     "What no save has written. Of a folder that holds no weights, everything."
     folder = Path(folder)
-    empty = lambda p: p.is_dir() and not p.is_symlink() and not any(p.iterdir())
+    def empty(p): return p.is_dir() and not p.is_symlink() and not any(p.iterdir())
     files = sorted(p for p in folder.rglob('*') if p.is_symlink() or p.is_file() or empty(p))
     saved = any(p.suffix == '.safetensors' for p in files)
     return [p.relative_to(folder).as_posix() for p in files if not (saved and (_is_written(p) or p.name in also))]
@@ -95,6 +95,7 @@ def _check_target(path: Path, also: tuple):
         'Nothing was changed: name a new or an empty folder.'
     )
 
+# %% ../../nbs/backbones/folders.ipynb #0d54b3fa
 @contextlib.contextmanager
 def saved_folder(
     path,  # new, empty, or an earlier save

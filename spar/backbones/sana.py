@@ -129,6 +129,7 @@ def encode_ids(
     out = self.text_encoder(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask))
     return out.last_hidden_state, mask
 
+# %% ../../nbs/backbones/sana.ipynb #cc66d753
 @patch
 def encode_text(
     self: Text2Image,

@@ -67,6 +67,7 @@ def _check_files(cls, folder: Path):
     if not folder.is_dir(): raise FileNotFoundError(f'no {cls.__name__} at {folder}: run `dvc repro`.')
     check_keys(cls, read_config(folder/cls.config_name))
 
+# %% ../../nbs/backbones/saved.ipynb #784c138f
 def load_saved(
     cls,  # a SavedModel
     folder,  # what `save_pretrained` wrote, or a repository of the Hub

@@ -18,6 +18,7 @@ def plain_text(t: str) -> str:
     "The text without what has no width, with plain spaces."
     return ''.join(' ' if unicodedata.category(c) == 'Zs' else c for c in t.translate(_UNSEEN))
 
+# %% ../../nbs/backbones/texts.ipynb #ab7a537b
 def check_text(
     t,
     what: str,  # for messages: 'prompt', 'instruction', 'question'

@@ -64,8 +64,8 @@ def _remains(
     "Is it still seen at its old place, and not rather at a place where the target has the same thing?"
     old = e.source.glyphs[k]
     new = [j for j, g in enumerate(e.target.glyphs) if (g.name, g.colour) == (old.name, old.colour)]
-    limit = lambda d: min([_NEAR] + [_distance(d, e.target, j) for j in new])
-    at_old = lambda d: _distance(d, e.source, k) < limit(d)
+    def limit(d): return min([_NEAR] + [_distance(d, e.target, j) for j in new])
+    def at_old(d): return _distance(d, e.source, k) < limit(d)
     return any(map(at_old, _same(found, e.source, k)))
 
 # %% ../../nbs/evaluation/editing.ipynb #1746dd7e
@@ -94,7 +94,7 @@ def _done(
     s, t = e.source, e.target
     if not _all_there(e, found): return False
     if s.style != t.style:
-        error = lambda other: (result - other).abs().mean()
+        def error(other): return (result - other).abs().mean()
         return bool(error(as_image(render(t))) < error(source))
     gone = [k for k, g in enumerate(s.glyphs) if g not in t.glyphs]
     if any(_remains(found, e, k) for k in gone): return False
@@ -137,7 +137,7 @@ class Edited:
 def _results(editor, x: Tensor, texts: list, batch_size: int, start: int) -> Tensor:
     "What the editor makes of the sources, in their size."
     numbers = range(start, start + len(texts))
-    batch = lambda a, b: editor(x[a:b], texts[a:b], list(numbers[a:b])).float().cpu()
+    def batch(a, b): return editor(x[a:b], texts[a:b], list(numbers[a:b])).float().cpu()
     out = in_batches(batch, len(texts), batch_size)
     if out.shape == x.shape: return out
     return torch.nn.functional.interpolate(out, size=x.shape[-2:], mode='bicubic', antialias=True)

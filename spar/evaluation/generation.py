@@ -38,7 +38,7 @@ def wise_prompts(
     "Riddles as prompts: the text never names the thing that the judge looks for."
     one_of(split, ('val', 'test'), 'split of wise-mini')
     rs = [riddle(kind, seed, split, k) for kind in RIDDLE_KINDS for k in range(n)]
-    things = lambda r: [dict(object=o, colour=c, count=1) for o, c in r.objects]
+    def things(r): return [dict(object=o, colour=c, count=1) for o, c in r.objects]
     return [Prompt(r.kind, r.prompt, dict(objects=things(r), relation=None)) for r in rs]
 
 # %% ../../nbs/evaluation/generation.ipynb #7b5568b9
@@ -153,6 +153,7 @@ def _asked_for(p: Prompt) -> str:
     "What an interval counts once: the riddle, or the things that a prompt names, whatever the ground."
     return p.text if p.task in RIDDLE_KINDS else repr(p.expect)
 
+# %% ../../nbs/evaluation/generation.ipynb #b8f5f5db
 def run_prompts(
     draw,  # callable (prompts, indices) -> pictures `[B, 3, H, W]` in [-1, 1]
     judge,  # has `detect(images)`
@@ -165,7 +166,7 @@ def run_prompts(
     order = [p for p in prompts for _ in range(images)]
     texts = [p.text for p in order]
     numbers = range(start, start + len(texts))
-    batch = lambda a, b: draw(texts[a:b], list(numbers[a:b])).float().cpu()
+    def batch(a, b): return draw(texts[a:b], list(numbers[a:b])).float().cpu()
     pictures = in_batches(batch, len(texts), batch_size)
     found, scores, sources = judge.detect(pictures), defaultdict(list), defaultdict(list)
     right = [passes(p.expect, f) for p, f in zip(order, found)]

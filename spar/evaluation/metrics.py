@@ -62,6 +62,7 @@ def _local_moments(
     var_a, var_b = (aa - m_a * m_a).clamp(min=0), (bb - m_b * m_b).clamp(min=0)
     return m_a, m_b, var_a + var_b, ab - m_a * m_b
 
+# %% ../../nbs/evaluation/metrics.ipynb #8e8656e2
 def ssims(
     a: Tensor,  # pictures `[B, 3, H, W]` in [0, 1]
     b: Tensor,  # the same shape
@@ -187,7 +188,7 @@ def bootstrap_tasks(
 ) -> list[float]:  # [low, high]
     "Interval of the weighted mean of the task means, sources drawn with all their values."
     weights = weights or {k: 1 / len(tasks) for k in tasks}
-    checked = lambda k, v: need_finite(torch.as_tensor(v, dtype=torch.float64), f'values of {k}').numpy()
+    def checked(k, v): return need_finite(torch.as_tensor(v, dtype=torch.float64), f'values of {k}').numpy()
     tasks = {k: checked(k, v) for k, v in tasks.items()}
     total = {k: np.zeros((repeats, 2)) for k in tasks}
     for names, cells in _strata(tasks, sources or {}).items():

@@ -30,6 +30,7 @@ def _fid_columns(reference: Tensor, feats: Tensor, least: int) -> dict:
     "The FID, and whether it orders systems only."
     return dict(rfid_efflite0=fid(reference, feats, least), rank_only=rank_only(*feats.shape))
 
+# %% ../../nbs/evaluation/reconstruction.ipynb #74ebb4b0
 @torch.no_grad()
 def reconstruction_mini(
     systems: dict,  # name -> callable: pictures -> reconstructions
@@ -46,7 +47,7 @@ def reconstruction_mini(
     if net is not None and rank_only(*reference.shape):
         print('rfid_efflite0: {} pictures in {} dimensions, rank order only.'.format(*reference.shape))
     for name, reconstruct in systems.items():
-        batch = lambda a, b: reconstruct(images[a:b]).float().cpu()
+        def batch(a, b): return reconstruct(images[a:b]).float().cpu()
         again = need_finite(in_batches(batch, len(images), batch_size), f'reconstructions by {name}')
         table[name] = _row(images, again, lpips, seed, batch_size, sources)
         if net is not None: table[name] |= _fid_columns(reference, features(net, again), least)

@@ -57,6 +57,7 @@ class Score(NamedTuple):
 
 def score_of(row: dict, key: str) -> Score: return Score(row[key], row.get(f'{key}_ci'))
 
+# %% ../../nbs/evaluation/report.ipynb #41e6ba10
 def ours_for_claims(
     reconstruction: dict,  # `metrics/*/reconstruction.json`
     understanding: dict,  # `metrics/*/understanding.json`
@@ -85,7 +86,7 @@ def difference(a: Score, b: Score) -> Score:
 def difference_text(a: Score, b: Score, digits: int = 3) -> str:
     "`+3.97 [+3.67, +4.27]`; without the bracket where a score has no interval."
     gap = difference(a, b)
-    form = lambda v: f'{v:+.{digits}f}'.replace('-', '−')
+    def form(v): return f'{v:+.{digits}f}'.replace('-', '−')
     return form(gap.value) + (f' [{form(gap.interval[0])}, {form(gap.interval[1])}]' if gap.interval else '')
 
 # %% ../../nbs/evaluation/report.ipynb #de9bcaa7

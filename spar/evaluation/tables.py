@@ -63,6 +63,7 @@ def heading(
     marked = column.startswith('rfid') and any(r.get('rank_only') for r in rows)
     return f'{column} (rank order only)' if marked else column
 
+# %% ../../nbs/evaluation/tables.ipynb #e0802d33
 def markdown_table(
     rows: dict,  # row name -> {column: value}
     columns=None,  # which columns, in order; None: those of the rows, the overall score first

@@ -46,7 +46,7 @@ class CellHead(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(dim, n) for n in sizes])
     def logits(self, f_v):
         "Features [B, T, D] -> one tensor [B·T, n] for each question."
-        norm = lambda: F.layer_norm(f_v.float(), f_v.shape[-1:])
+        def norm(): return F.layer_norm(f_v.float(), f_v.shape[-1:])
         return [h(norm()).float().flatten(0, 1) for h in self.heads]
 
 # %% ../../nbs/mini/cells.ipynb #6f4102f3

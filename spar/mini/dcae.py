@@ -76,7 +76,7 @@ def autoencoder_scores(
 ) -> dict:  # name -> PSNR of the reconstruction; name_mean_colour: of the picture's own mean colour (the floor)
     "PSNR on held-out pictures, with a floor."
     out, device = {}, dcae.device
-    score = lambda x, again: float(psnr(to_8bit(x), to_8bit(again)).mean())
+    def score(x, again): return float(psnr(to_8bit(x), to_8bit(again)).mean())
     for name, ds in datasets.items():
         x = torch.stack([ds[k]['image'] for k in range(n)])
         again = [dcae(b.to(device)).float().cpu() for b in x.split(32)]
@@ -88,7 +88,7 @@ def autoencoder_scores(
 @torch.no_grad()
 def set_scale(dcae: DCAE, dataset, n: int = 256) -> DCAE:
     "Store one over the latents' deviation as `scaling_factor`, the way the real autoencoder carries its own."
-    pictures = lambda at: torch.stack([dataset[k]['image'] for k in range(at, at + 32)])
+    def pictures(at): return torch.stack([dataset[k]['image'] for k in range(at, at + 32)])
     z = torch.cat([dcae.encode(pictures(at).to(dcae.device)) for at in range(0, n, 32)])
     dcae.scale = 1 / float(z.float().std())
     dcae.hf.register_to_config(scaling_factor=dcae.scale)

@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
     "Two 3x3 convolutions with a shortcut."
     def __init__(self, width: int):  # channels
         super().__init__()
-        half = lambda: (nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        def half(): return (nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
         self.net = nn.Sequential(*half(), *half())
     def forward(self, x): return x + self.net(x)
 
@@ -213,7 +213,7 @@ def save_pretrained(
     dtype=torch.bfloat16,  # of the weights on disk
 ):
     "Write configuration, vocabulary and weights."
-    stored = lambda v: v.detach().to(dtype).cpu().contiguous()
+    def stored(v): return v.detach().to(dtype).cpu().contiguous()
     weights = {k: stored(v) for k, v in self.state_dict().items()}
     with saved_folder(folder) as tmp:
         write_json(tmp/'config.json', dict(self.cfg.to_dict(), threshold=self.threshold))

@@ -45,6 +45,7 @@ def _glyph_targets(s: Scene, cfg: JudgeConfig) -> dict[str, Tensor]:  # each `[_
         if name not in SYMMETRIC: t['turn'][k] = g.turn // 2
     return t
 
+# %% ../../nbs/mini/judge_training.ipynb #6bf2207d
 def _truth(
     s: Scene,  # up to `_MOST` glyphs
     cfg: JudgeConfig,
@@ -70,7 +71,7 @@ def _free_scene(
         size = int(g.integers(16, 45))
         reach = size // 2
         x, y = (int(v) for v in g.integers(reach, 65 - reach, size=2))
-        clear = lambda o: max(abs(x - o.x), abs(y - o.y)) >= reach + o.size / 2
+        def clear(o): return max(abs(x - o.x), abs(y - o.y)) >= reach + o.size / 2
         if all(map(clear, glyphs)):
             turn = 2 * int(g.random() < .3)
             glyphs += (Glyph(name, colour, x, y, size, turn),)
@@ -168,7 +169,7 @@ class JudgeObjective(Objective):
 def pictures(self: JudgeObjective, batch: dict) -> Tensor:  # `[B, 3, 64, 64]`
     "The degraded pictures of a batch."
     u = uniform((3,), self.seed, 'judge picture', batch['index']).to(batch['image'].device)
-    col = lambda v: v.view(-1, 1, 1, 1)
+    def col(v): return v.view(-1, 1, 1, 1)
     crisp, soft = to_unit(batch['image']), to_unit(batch['soft'])
     x = torch.where(col(u[:, 0] < self.soft), soft, crisp)
     eps = torch.randn(x.shape, device=x.device)          # `fit` seeds torch by the step
@@ -222,7 +223,7 @@ def accuracy(
     coloured = [k for k, s in enumerate(scenes) if s.style not in _COLOURLESS]
     hits = sum(_matches(found[k], scenes[k]) for k in coloured)
     pairs = list(zip(grounds, scenes))
-    share = lambda right: float(np.mean(right))
+    def share(right): return float(np.mean(right))
     return dict(
         objects=hits / sum(len(scenes[k].glyphs) for k in coloured),
         precision=hits / max(1, sum(len(found[k]) for k in coloured)),

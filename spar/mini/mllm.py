@@ -64,7 +64,7 @@ def _pad_rows(rows: list) -> dict:
     "Rows padded on the right: `ids`, `segment`, `sees`, `position`, `kind` and, if there, `where`, each [B, T]."
     T = max(len(r['ids']) for r in rows)
     fill = dict(ids=0, segment=-1, sees=0, position=0, kind=0, where=-1)
-    padded = lambda x, v: list(x) + [v] * (T - len(x))
+    def padded(x, v): return list(x) + [v] * (T - len(x))
     fields = [k for k in fill if k in rows[0]]
     return {k: torch.tensor([padded(r[k], fill[k]) for r in rows]) for k in fields}
 
@@ -103,7 +103,7 @@ def _ground_words(
 ) -> dict:
     "`where`: for a question's word that names exactly one thing of the picture, its token; -1 elsewhere."
     half = 2 * SIDE / grid
-    token = lambda x, y: int(y / half) * grid + int(x / half)
+    def token(x, y): return int(y / half) * grid + int(x / half)
     found = [(vocab[n], token(x0 + x1, y0 + y1)) for n, _, x0, y0, x1, y1 in boxes(s)]
     alone = {i: at for i, at in found if sum(i == j for j, _ in found) == 1}
     asked = [seg > 0 and not kind for seg, kind in zip(row['segment'], row['kind'])]
@@ -122,7 +122,7 @@ class WordHead(nn.Module):
         on = where >= 0
         f = F.layer_norm(h[on].float(), h.shape[-1:])
         targets = where[on] // self.grid, where[on] % self.grid
-        loss = lambda head, t: F.cross_entropy(head(f).float(), t, reduction='sum')
+        def loss(head, t): return F.cross_entropy(head(f).float(), t, reduction='sum')
         return sum(map(loss, self.heads, targets)) / on.sum().clamp(min=1)
 
 # %% ../../nbs/mini/mllm.ipynb #6e433de1
@@ -274,7 +274,7 @@ def _word_terms(self: MllmObjective, batch, weights, text: bool, f_v) -> dict:
     if not wanted: return {}
     logits, target, kind = self.logits(batch, text, f_v)
     loss = F.cross_entropy(logits.float(), target, reduction='none')
-    mean = lambda on: (loss * on).sum() / on.sum().clamp(min=1)
+    def mean(on): return (loss * on).sum() / on.sum().clamp(min=1)
     out = {k: mean(kind == _TARGETS.index(k) + 1) for k in wanted}
     if weights.get('ground') and not text:
         out['ground'] = self.words(self.named, batch['where'])

@@ -73,7 +73,7 @@ def label_scores(objective: PerceptualObjective, data: Labelled, n: int = 256) -
     items = [data[k] for k in range(n)]
     x, y = [torch.stack([i[k] for i in items]) for k in ('image', 'label')]
     on = torch.cat([objective.logits(b).float() for b in x.split(64)]) > 0
-    share = lambda x: float(x.float().mean())
+    def share(x): return float(x.float().mean())
     return dict(found=share(on[y == 1]), left_out=share(~on[y == 0]))
 
 # %% ../../nbs/mini/perceptual.ipynb #ff400abc

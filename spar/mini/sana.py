@@ -77,7 +77,7 @@ class LatentCaptions:
     ):
         self.seed, self.split, self.dial = seed, split, dial
         self.latents, self.cells, self.share = latents, cells, twos
-        has_two = lambda i: len(scene(seed, split, i, dial).glyphs) == 2
+        def has_two(i): return len(scene(seed, split, i, dial).glyphs) == 2
         self.twos = [i for i in range(len(latents)) if has_two(i)] if twos else []
     def describe(self, s, k):
         "A caption; a quarter of them name no colour of a thing."
@@ -148,6 +148,7 @@ def _read_block(self: SanaObjective, depth: int):
     self.head = CellHead(c.num_attention_heads * c.attention_head_dim, c.sample_size, places=False)
     blocks[depth - 1].register_forward_hook(lambda m, args, out: setattr(self, 'seen', out))
 
+# %% ../../nbs/mini/sana.ipynb #65e9d387
 @patch
 def terms(self: SanaObjective, batch, weights, player='model'):
     i = batch['index']

@@ -154,6 +154,6 @@ def experiment(
     "The row as an experiment of DVC, on top of a profile."
     changed, file = dict(leaves(ablations()[one_of(name, ablations(), 'ablation')])), f'configs/{profile}.yaml'
     there = dict(leaves(yaml_file(file)))
-    add = lambda key: '' if key in there else '+'      # Hydra's sign for a key that the file does not have
+    def add(key): return '' if key in there else '+'      # Hydra's sign for a key that the file does not have
     settings = [f'{file}:{add(k)}{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in changed.items()]
     return ['dvc', 'exp', 'run', '--temp', '--name', name.replace('_', '-')] + [a for s in settings for a in ('-S', s)]

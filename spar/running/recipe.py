@@ -24,6 +24,7 @@ def _settings(profile: str) -> dict:  # 'stage.key' -> value
     "Every number and switch of the stages of the method; a second pass says what differs from the first."
     return dict(leaves({stage: complete(stage, profile) for stage in _STAGES}))
 
+# %% ../../nbs/running/recipe.ipynb #b906bdfa
 def _as_number(v):
     "YAML reads `1e-5` as a text."
     try: return float(v) if isinstance(v, str) else v
@@ -36,7 +37,7 @@ def recipe_differences(
     "What a profile changes; folders, data and prompts apart."
     ours, theirs = _settings(profile), _settings(recipe)
     keys = (k for k in theirs | ours if _as_number(theirs.get(k)) != _as_number(ours.get(k)))
-    own = lambda v: isinstance(v, str) and v.startswith(('artifacts/', 'metrics/', 'plots/'))
+    def own(v): return isinstance(v, str) and v.startswith(('artifacts/', 'metrics/', 'plots/'))
     return {k: (_as_number(theirs.get(k)), _as_number(ours.get(k))) for k in keys if not own(ours.get(k))}
 
 # %% ../../nbs/running/recipe.ipynb #7c10a009
@@ -79,7 +80,7 @@ def _parts() -> list[tuple]:  # (what, the recipe's, ours, why)
     shuffle = inspect.signature(mini_mllm).parameters['downsample'].default
     rows = complete('mllm', 'bases', 'bases')['rows']
     taught = f"{rows['prompts']} row of the generator's template a scene, edits in {rows['edits']:.0%} of the rows"
-    positions = lambda config: 'sine and cosine' if config['interpolation_scale'] is not None else 'none'
+    def positions(config): return 'sine and cosine' if config['interpolation_scale'] is not None else 'none'
     return [
         ('positions in the DiT', positions(published['sana-600m-512px']), positions(mini_sana(layers=1).config),
          'a transformer of six layers on 8 x 8 latents finds no places by its convolutions alone'),
@@ -93,10 +94,11 @@ def _parts() -> list[tuple]:  # (what, the recipe's, ours, why)
 def _row(reason: dict, found: dict) -> tuple[str, dict]:
     "One line of the table, of the differences that one reason explains."
     names = list(dict.fromkeys(k.split('.', 1)[1] for k in found))
-    of = lambda i: ' / '.join(_joined(v[i] for k, v in found.items() if k.split('.', 1)[1] == n) for n in names)
+    def of(i): return ' / '.join(_joined(v[i] for k, v in found.items() if k.split('.', 1)[1] == n) for n in names)
     what = ' / '.join(f'`{n}`' for n in names) + f' ({_named(list(found))})'
     return what, {'recipe': of(0), 'whose': _WHOSE[reason['whose']], 'miniature': of(1), 'why': reason['why']}
 
+# %% ../../nbs/running/recipe.ipynb #b91fa003
 def recipe_table(
     profile: str = 'mini',
     groups: tuple = ('objective', 'training', 'sizes', 'parts'),  # of the reasons; 'parts': the pretrained ones

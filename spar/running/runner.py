@@ -116,6 +116,7 @@ def _precision(params: dict) -> str:
     train = params.get('train') if isinstance(params.get('train'), dict) else {}
     return params.get('precision') or train.get('precision') or 'auto'
 
+# %% ../../nbs/running/runner.ipynb #b2e6c9c6
 def record(name: str, params: dict, seconds: float, path: Path, notes: dict):
     "Enter one stage into run.json, keeping the others."
     kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)

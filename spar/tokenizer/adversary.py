@@ -15,8 +15,8 @@ from torch import nn
 # %% ../../nbs/method/06_adversary.ipynb #052cbce9
 def _critic_net(width: int) -> nn.Sequential:
     "Three strided convolutions, then one number a patch."
-    conv = lambda a, b, stride: nn.Conv2d(a, b, 4, stride, 1)
-    norm = lambda c: nn.GroupNorm(min(8, c), c)
+    def conv(a, b, stride): return nn.Conv2d(a, b, 4, stride, 1)
+    def norm(c): return nn.GroupNorm(min(8, c), c)
     return nn.Sequential(
         conv(3, width, 2), nn.LeakyReLU(0.2),
         conv(width, 2*width, 2), norm(2*width), nn.LeakyReLU(0.2),

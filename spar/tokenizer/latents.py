@@ -32,7 +32,7 @@ def latent_pairs(
 ) -> tuple:  # (z_f, z_dc), each [tokens, D_p], fp32 on the CPU
     "Both latents of the same pictures, token by token."
     if batch_size < 1: raise ValueError(f'batch_size={batch_size}: at least one picture goes through at once.')
-    flat = lambda z: z.float().movedim(1, -1).flatten(0, 2).cpu()
+    def flat(z): return z.float().movedim(1, -1).flatten(0, 2).cpu()
     device, f, dc = next(tokenizer.parameters()).device, [], []
     for x in (x for b in batches for x in b['image'].split(batch_size)):
         x = x.to(device)

@@ -101,7 +101,7 @@ def misfits(
     state: dict,  # the same of a file
 ) -> list[str]:  # one text a tensor that only one of them has, or that has another shape
     "What keeps `state` from filling `own`, with both shapes."
-    shape = lambda d, k: 'none' if k not in d else 'x'.join(map(str, d[k].shape)) or 'one number'
+    def shape(d, k): return 'none' if k not in d else 'x'.join(map(str, d[k].shape)) or 'one number'
     names = sorted(own.keys() | state.keys())
     return [f'{k} (file: {shape(state, k)}, model: {shape(own, k)})' for k in names if shape(own, k) != shape(state, k)]
 
@@ -166,6 +166,7 @@ def _load_old(cls, folder: Path, mllm, dtype):
     load_exactly(tokenizer, load_tensors(folder/'model.safetensors'), str(folder))
     return freeze(tokenizer).to(dtype or torch.float32)
 
+# %% ../../nbs/method/04_tokenizer.ipynb #47311858
 @patch(cls_method=True)
 def from_pretrained(
     cls: Tokenizer,
@@ -187,7 +188,7 @@ def from_pretrained(
 # %% ../../nbs/method/04_tokenizer.ipynb #f200f432
 def _plain_config(hf: AutoencoderDC) -> dict:
     "A diffusers configuration without its private entries."
-    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    def plain(v): return list(v) if isinstance(v, tuple) else v
     return {k: plain(v) for k, v in hf.config.items() if not k.startswith('_')}
 
 # %% ../../nbs/method/04_tokenizer.ipynb #94236696

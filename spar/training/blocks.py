@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 def repeated_blocks(objective: nn.Module) -> list[nn.Module]:
     "The members of every outermost `ModuleList`: a network's repeated blocks."
     lists = {n: m for n, m in objective.named_modules() if isinstance(m, nn.ModuleList)}
-    inner = lambda n: any(n.startswith(o + '.') for o in lists if o != n)
+    def inner(n): return any(n.startswith(o + '.') for o in lists if o != n)
     return [b for n, m in lists.items() if not inner(n) for b in m]
 
 # %% ../../nbs/training/blocks.ipynb #e6302c2b

@@ -111,7 +111,7 @@ def stage_parts(
     "All that decides a stage's outcome, by name."
     settings = dict(_settings(params))
     rounding = {k: settings.pop(k) for k in list(settings) if k.rpartition('.')[2] in _ROUNDING}
-    hashes = lambda paths: {str(p): file_hash(p)[:16] for p in sorted(map(str, paths))}
+    def hashes(paths): return {str(p): file_hash(p)[:16] for p in sorted(map(str, paths))}
     code = hashes(code) | {'cells of the notebook': f'{zlib.crc32(cells.encode()):08x}'}
     return dict(settings=settings, rounding=rounding, code=code, inputs=hashes(inputs))
 
@@ -182,6 +182,7 @@ def checkpoint_state(path) -> dict:
         return state
     except (OSError, ValueError, KeyError, TypeError) as e: raise _damaged(path, f'state.json: {e!r}') from e
 
+# %% ../../nbs/training/checkpoints.ipynb #c40cf801
 def _damaged(path, what: str) -> DamagedCheckpoint:
     others = [str(s) for s, p in checkpoint_steps(Path(path).parent).items() if p != Path(path)]
     cure = f'move it away to continue from step {others[-1]}' if others else 'move it away to start afresh'
@@ -206,6 +207,7 @@ def on_mismatch(setting: str) -> str:
     "The setting, unless the environment variable `SPAR_ON_MISMATCH` says something else."
     return one_of(os.environ.get('SPAR_ON_MISMATCH') or setting, ON_MISMATCH, 'on_mismatch')
 
+# %% ../../nbs/training/checkpoints.ipynb #1eab3296
 def set_aside(
     folder,  # of checkpoints
     why: list[str],  # what differs

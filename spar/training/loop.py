@@ -49,6 +49,7 @@ def _backward(run, player: str, weights: dict, micros: list[dict], t: int, seen:
         for k in weights: seen[k] += terms[k].item() / len(micros)
     return bad
 
+# %% ../../nbs/training/loop.ipynb #21003cb5
 def _clipped_norm(run, opt) -> torch.Tensor:
     "Clip the gradient of an optimiser's parameters; returns its norm before that."
     params = [p for g in opt.param_groups for p in g['params']]
@@ -88,6 +89,7 @@ def _copies_of_buffers(run) -> list[torch.Tensor]:
     needed = run.acc.num_processes > 1 or run.cfg.skip_nonfinite
     return [b.clone() for b in _float_buffers(run)] if needed else []
 
+# %% ../../nbs/training/loop.ipynb #845c511f
 def _mean_over_processes(run, seen: dict, before: list[torch.Tensor]) -> dict:
     "The means over processes of the terms, and of the buffers that this step has moved in any of them."
     buffers = _float_buffers(run)
@@ -141,6 +143,7 @@ def _row(run: Run) -> dict:
     means = {k: v / window[f'n.{k}'] for k, v in window.items() if not k.startswith('n.')}
     return {**means, **({'skipped': skipped} if skipped else {})}
 
+# %% ../../nbs/training/loop.ipynb #d32a5eb2
 def _note(run: Run, seen: dict, bar):
     "Add a step's terms to the window; every `log_every` steps make a row of their means."
     for k, v in seen.items():
@@ -177,6 +180,7 @@ def _step(r: Run, batches, micros: int, seed: int) -> dict:
     r.step += 1
     return seen
 
+# %% ../../nbs/training/loop.ipynb #8609d78d
 @contextlib.contextmanager
 def _signals():
     "Inside, SIGTERM and SIGUSR1 are only noted, in the list that is given; in another thread they do as always."
@@ -237,6 +241,7 @@ def fit(
         if not exported_step(): _train(r, dataset, seed, look, noted)
         return _finish(r, look)
 
+# %% ../../nbs/training/loop.ipynb #dab3d2c8
 def _train(r: Run, dataset, seed: int, look, noted: list):
     "Steps until the last one, the end of the chunk or a signal."
     cfg, folder, late, began = r.cfg, r.folder, False, time.monotonic()

@@ -42,6 +42,7 @@ def _split(params: list, kernels: set, weight_decay: float) -> list[tuple]:
     order = sorted(out, key=lambda k: (k[0], -k[1]))
     return [(out[k], k[1]) for k in order]
 
+# %% ../../nbs/training/optimizers.ipynb #97368429
 def param_groups(
     entries: list,  # of a player: parameters or {'params', 'lr_scale'}
     weight_decay: float,
@@ -90,6 +91,7 @@ def _muon_share(groups: list, least: float) -> str:
         "Choose optimizer 'adamw', or lower muon_share."
     )
 
+# %% ../../nbs/training/optimizers.ipynb #b06d250a
 class Muon(torch.optim.AdamW):
     "AdamW whose matrices move along their orthogonalised momentum (Jordan et al., 2024)."
     def __init__(self, groups, momentum: float = 0.95, least: float = 0.5, **adamw):

@@ -144,6 +144,7 @@ def restore(self: Run):
     if self.dataset: self.dataset.load_state_dict(state['data'])
     print(f'Resumed at step {self.step} of {self.cfg.steps}.')
 
+# %% ../../nbs/training/run.ipynb #075fb8fc
 def _to_restore(steps: dict[int, Path], folder: Path) -> Path | None:
     "The checkpoint to begin with: the newest, or the one that `SPAR_EXPORT` names if this training has it."
     wanted = exported_step()

@@ -58,7 +58,7 @@ def parts(
     inputs: list = (),  # files and folders the stage reads
 ) -> dict:
     "All that decides the outcome, by name: parameters, modules and code cells, inputs (`stage_parts`)."
-    tags = lambda c: c.get('metadata', {}).get('tags', [])
+    def tags(c): return c.get('metadata', {}).get('tags', [])
     cells = [c['source'] for c in code_cells(self.notebook) if 'parameters' not in tags(c)]
     plain = {k: v.to_dict() if isinstance(v, Config) else v for k, v in settings.items()}
     return stage_parts(plain, import_closure(self.notebook), inputs, '\n'.join(cells))

@@ -75,7 +75,7 @@ def features_of(
     "Inside, every forward of `transformer` appends the tokens [B, N, width] after `block` to the yielded list."
     depth, seen = len(transformer.transformer_blocks), []
     if not 1 <= block <= depth: raise ValueError(f'alignment block {block} does not exist: choose 1..{depth}.')
-    keep = lambda module, args, out: seen.append(out)
+    def keep(module, args, out): return seen.append(out)
     hook = transformer.transformer_blocks[block - 1].register_forward_hook(keep)
     try: yield seen
     finally: hook.remove()

@@ -191,6 +191,7 @@ def attach(
     vars(self)['attached'] = freeze(mllm)
     return self
 
+# %% ../../nbs/method/10_condition.ipynb #227dbf64
 @patch
 def train(self: Condition, mode=True):
     "The language model stays in evaluation mode, always."
@@ -229,6 +230,7 @@ def sequence_of(
     if isinstance(prompts, Sequence): return prompts
     return sequence(self.mllm, prompts, self.cfg.queries, editing)
 
+# %% ../../nbs/method/10_condition.ipynb #ecd4d669
 @patch
 def forward(
     self: Condition,

@@ -86,7 +86,7 @@ def tap(
 ) -> list[Tensor]:  # K tensors [B, T, D]
     "The states after `layers`, each through the final norm; layers above the last one asked for are not run."
     T, inputs = embeds.shape[1], _layer_inputs(lm, embeds, mask)
-    part = lambda a, b, past=None: read_layers(
+    def part(a, b, past=None): return read_layers(
         lm, embeds[:, a:b], layers, raw, checkpoint, past_key_values=past, **_cut(inputs, a, b)
     )
     if not fixed or not torch.is_grad_enabled(): return part(0, T)

@@ -201,6 +201,7 @@ _CURE = 'An alignment head that differs can begin anew: stage.head: new.'
 
 def _in_head(state: dict) -> dict: return {k: v for k, v in state.items() if k.startswith('alignment.')}
 
+# %% ../../nbs/method/13_unified.ipynb #59d40ba4
 @patch
 def load_own(
     self: Unified,
@@ -229,6 +230,7 @@ def _check_teacher(saved: UnifiedConfig, cfg: UnifiedConfig, head: str, where: s
             'set stage.head: new, or the same kind.'
         )
 
+# %% ../../nbs/method/13_unified.ipynb #dfc1428d
 @patch(cls_method=True)
 def from_pretrained(
     cls: Unified,

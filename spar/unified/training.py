@@ -96,7 +96,7 @@ class UnifiedObjective(Objective):
             raise ValueError(f'lambda_a={self.cfg.lambda_a} without an alignment head has no effect: leave it out.')
 
     def players(self):
-        scale = lambda name: self.cfg.lr_transformer if name == 'transformer' else 1.0
+        def scale(name): return self.cfg.lr_transformer if name == 'transformer' else 1.0
         return {'model': [dict(params=ps, lr_scale=scale(name)) for name, ps in self.groups.items()]}
 
     def weights(self, progress, player='model'):

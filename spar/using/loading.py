@@ -103,6 +103,7 @@ def load_plain(cls, folder: Path, dtype, precision: str, options: dict):
     pipe.register_to_config(_name_or_path=str(folder))
     return pipe
 
+# %% ../../nbs/using/loading.ipynb #d1e94ade
 def load_by_diffusers(loader, folder, precision: str, options: dict):
     "What needs the library's own way: the Hub, variants, device maps."
     options = {k: v for k, v in options.items() if k != 'dtype'}

@@ -31,6 +31,7 @@ def noise_of(shape: tuple, n: int, seed, generator, latents) -> torch.Tensor:  #
     if not many: return start_noise(shape, n, generator=generator)
     return torch.cat([start_noise(shape, 1, generator=g) for g in generator])
 
+# %% ../../nbs/using/sampling.ipynb #01cc3f96
 def _given_latents(latents, shape: tuple) -> torch.Tensor:
     "Latents of the user's own."
     if not isinstance(latents, torch.Tensor) or latents.shape != shape:
@@ -62,6 +63,7 @@ def _timed(scheduler, steps: int):
 # %% ../../nbs/using/sampling.ipynb #b063f5a8
 STEP_TENSORS = ('latents', 'prompt_embeds', 'negative_prompt_embeds')
 
+# %% ../../nbs/using/sampling.ipynb #32681745
 @dataclass
 class Request:
     "What is drawn, checked; every list has one entry a picture."
@@ -76,7 +78,7 @@ class Request:
 
     def part(self, b: slice) -> 'Request':
         "A batch of it."
-        cut = lambda v: None if v is None else v[b]
+        def cut(v): return None if v is None else v[b]
         fields = ('texts', 'negatives', 'reference', 'noise')
         return Request(*(cut(getattr(self, f)) for f in fields), self.steps, self.scale, self.callback, self.inputs)
 
@@ -172,11 +174,12 @@ def request_of(pipe, texts, reference, negative, how: tuple, start: tuple, callb
     per_text = whole_number(per_text, 'num_images_per_prompt', 1)
     check_guidance(scale)
     negatives = _negatives(pipe, negative, texts, scale)
-    each = lambda v: None if v is None else [t for t in v for _ in range(per_text)]
+    def each(v): return None if v is None else [t for t in v for _ in range(per_text)]
     if reference is not None: reference = reference.repeat_interleave(per_text, 0)
     noise = noise_of(pipe.size(), len(texts) * per_text, *start)
     return Request(each(texts), each(negatives), reference, noise, steps, float(scale), *callback)
 
+# %% ../../nbs/using/sampling.ipynb #c7537a0f
 def drawn(pipe, r: Request, batch_size: int, output_type: str):
     "A request in batches, shown."
     pipe._interrupt, out = False, []

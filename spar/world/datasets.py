@@ -84,7 +84,7 @@ def _samples(batch: dict, drop) -> list[dict]:
     "A batch taken apart, without the fields in `drop`."
     fields = {k: v for k, v in batch.items() if k not in drop}
     n = len(batch['index'])
-    one = lambda v, i: v[i].clone() if torch.is_tensor(v) else v[i]
+    def one(v, i): return v[i].clone() if torch.is_tensor(v) else v[i]
     return [{k: one(v, i) for k, v in fields.items()} for i in range(n)]
 
 # %% ../../nbs/world/datasets.ipynb #20ce514a

@@ -56,7 +56,7 @@ _SIDES = {(17, 32): 'left', (47, 32): 'right', (32, 17): 'top', (32, 47): 'botto
 
 def _side_of(g: Glyph) -> str:
     "Which of the four positions of a two-thing scene is nearest to this thing."
-    distance = lambda spot: (spot[0] - g.x) ** 2 + (spot[1] - g.y) ** 2
+    def distance(spot): return (spot[0] - g.x) ** 2 + (spot[1] - g.y) ** 2
     return _SIDES[min(_SIDES, key=distance)]
 
 # %% ../../nbs/world/edits.ipynb #ad0cc8d4

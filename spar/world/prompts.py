@@ -105,6 +105,7 @@ def _combinations(kind: str, split: str) -> list:
     test, val = round(.4 * len(order)), round(.55 * len(order))
     return dict(test=order[:test], val=order[test:val], train=order[val:])[split]
 
+# %% ../../nbs/world/prompts.ipynb #14728f92
 @functools.lru_cache(None)
 def _riddle_asks(kind: str, seed: int, split: str) -> list:
     "The combinations of a kind and split, shuffled by the seed."

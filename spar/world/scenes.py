@@ -217,6 +217,7 @@ def _restyle(
     grey = img @ np.array(_BRIGHTNESS, np.float32)
     return np.repeat(grey[..., None], 3, axis=-1)
 
+# %% ../../nbs/world/scenes.ipynb #5938d8d5
 def render(
     scene: Scene,
     side: int = SIDE,
@@ -242,6 +243,7 @@ def _cielab(rgb) -> np.ndarray:
     f = np.where(t > .008856, np.cbrt(t), 7.787 * t + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
+# %% ../../nbs/world/scenes.ipynb #eb7172c2
 @functools.lru_cache(None)
 def appearances(
     colour: str,  # of COLOURS
@@ -293,7 +295,7 @@ def fits(name: str, colour: str, ground_colour: str) -> bool:
 
 def survives_grey(scene: Scene) -> bool:
     "Does every thing still differ from its ground when only brightness is left? (Red on blue does not.)"
-    bright = lambda c: float(np.dot(COLOURS[c], _BRIGHTNESS))
+    def bright(c): return float(np.dot(COLOURS[c], _BRIGHTNESS))
     ground = bright(scene.background.colour)
     return all(abs(bright(x.colour) - ground) > 40 for x in scene.glyphs)
 

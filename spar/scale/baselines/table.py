@@ -231,7 +231,7 @@ def _columns_of(r: dict, ids: list[str]) -> dict:      # title -> where the numb
     name, i = r['benchmark'], r['result']['protocol']['id']
     mark = f' ({"abcdefghijklmnop"[ids.index(i)]})' if len(ids) > 1 else ''
     shown, task = BENCHMARKS[name].shown, BENCHMARKS[name].task
-    title = lambda metric: f'{name} {heading(metric, [r["result"]])}'
+    def title(metric): return f'{name} {heading(metric, [r["result"]])}'
     return {
         f'{title(metric)} {better}{mark}': dict(benchmark=name, metric=metric, protocol=i, task=task)
         for metric, better in shown.items() if metric in r['result']

@@ -125,7 +125,7 @@ class GenEvalJudge:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
         self.device = torch.device(device or pick_device())
         self.names, self.texts = names, {}
-        load = lambda cls, path: load_whole(cls, path, 'geneval-hf').to(self.device).eval()
+        def load(cls, path): return load_whole(cls, path, 'geneval-hf').to(self.device).eval()
         self.detector, self.clip = load(Mask2FormerForUniversalSegmentation, detector), load(CLIPModel, clip)
         self.detector_input, self.clip_input = map(AutoImageProcessor.from_pretrained, (detector, clip))
         self.tokenizer = AutoTokenizer.from_pretrained(clip)

@@ -26,7 +26,7 @@ IMGEDIT_TYPES = ('add', 'adjust', 'extract', 'replace', 'remove', 'background', 
 
 def load_imgedit(folder, limit: int | None = None, known: dict | None = None) -> tuple[list[dict], dict]:
     "Edits {'id', 'source', 'prompt', 'kind'} in the file's order, and type -> the judge's instruction."
-    read = lambda name: json.loads(prompt_file(folder, f'imgedit/{name}.json', known))
+    def read(name): return json.loads(prompt_file(folder, f'imgedit/{name}.json', known))
     rows, rubrics = read('basic_edit'), read('prompts')
     items = []
     for k, r in rows.items():

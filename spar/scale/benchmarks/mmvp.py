@@ -79,13 +79,13 @@ _JOINED = re.compile(
 
 def _standing_letters(text: str) -> list:
     "Matches of the letters that name an option and are neither rejected nor joined with the other one."
-    cut = lambda m: (text[:m.start()], text[m.end():])
+    def cut(m): return (text[:m.start()], text[m.end():])
     found = [m for m in _LETTER.finditer(text) if not _is_article(m[0], *cut(m))]
     joined = set()
     for m, other in zip(found, found[1:]):
         between = text[m.end():other.start()]
         if m[0].lower() != other[0].lower() and _JOINED.fullmatch(between): joined |= {m, other}
-    rejected = lambda before, after: _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(after)
+    def rejected(before, after): return _REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(after)
     return [m for m in found if m not in joined and not rejected(*cut(m))]
 
 # %% ../../../nbs/scale/benchmarks/mmvp.ipynb #5b1f0c24

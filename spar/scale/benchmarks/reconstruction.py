@@ -152,7 +152,7 @@ def _sha256(path) -> str | None:
 
 def _reconstruction_protocol(folder, files, side, compare, inception_weights, vgg_weights) -> dict:
     "The identity of a reconstruction measurement; pictures count by name and size in bytes."
-    size = lambda name: (Path(folder)/name).stat().st_size
+    def size(name): return (Path(folder)/name).stat().st_size
     listing = '\n'.join(f'{f} {size(f)}' for f in files)
     rfid, lpips = _sha256(inception_weights), _sha256(vgg_weights)
     return published_protocol(
@@ -186,11 +186,11 @@ def run_reconstruction(
     "Means over all pictures, native or resized."
     device, files = torch.device(device or pick_device()), _picture_files(folder, limit)
     compare = compare or side
-    net = lambda make, path: None if path is None else make(path).to(device)
+    def net(make, path): return None if path is None else make(path).to(device)
     measure = partial(_measure, lpips=net(PerceptualVGG, vgg_weights), features=net(_inception, inception_weights))
     facts = _reconstruction_protocol(folder, files, side, compare, inception_weights, vgg_weights)
     out = open_run(out, system, facts)
-    batches = lambda part: _batches(part, folder, side, batch_size)
-    columns_of = lambda part: _reconstruct_shard(batches(part), reconstruct, measure, side, compare, device)
+    def batches(part): return _batches(part, folder, side, batch_size)
+    def columns_of(part): return _reconstruct_shard(batches(part), reconstruct, measure, side, compare, device)
     shards = _shards(files, shard, out/'shards', columns_of, rank, world)
     return None if shards is None else _reconstruction_result(shards, facts, system, out, least)

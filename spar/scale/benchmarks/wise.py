@@ -62,7 +62,7 @@ Aesthetic Quality: N"""
 def _python_text(node) -> str:
     "The text of a literal or f-string; what an f-string inserts becomes {prompt} or {explanation}."
     if isinstance(node, ast.Constant): return node.value
-    name = lambda v: ast.unparse(v.value).lower()
+    def name(v): return ast.unparse(v.value).lower()
     return ''.join(
         v.value if isinstance(v, ast.Constant) else '{explanation}' if 'explanation' in name(v) else '{prompt}'
         for v in node.values
@@ -132,6 +132,7 @@ def _wise_messages(item: dict, path, system: str, user: str) -> list:
         dict(role='user', content=content),
     ]
 
+# %% ../../../nbs/scale/benchmarks/wise.ipynb #ef8b4a3b
 def _wise_benchmark(items: list, rubric: tuple, out, **facts) -> JudgedBenchmark:
     "What WISE draws and asks."
     system, user, name = rubric

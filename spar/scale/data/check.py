@@ -54,6 +54,7 @@ def _spread(numbers) -> dict | None:
 
 def _repeats(counts: Counter) -> int: return sum(n - 1 for n in counts.values())
 
+# %% ../../../nbs/scale/data/check.ipynb #ec1342bc
 def _summary(tally: _Tally) -> dict:
     "The plain numbers of what was read."
     return dict(

@@ -45,6 +45,7 @@ def _named_source(path, args) -> tuple:  # (SourceConfig, Source)
     source = open_source(SourceConfig(**settings))
     return SourceConfig(task=args.task or _guess_task(source), fields=_pairs(args.field), **settings), source
 
+# %% ../../../nbs/scale/data/cli.ipynb #e91cce2b
 def _profile_sources(file: str, section: str):
     "`source` of a profile's section (or the file itself), as a `CorpusConfig`."
     from spar.core import one_of
@@ -74,6 +75,7 @@ def _sources_to_check(args, cfg) -> dict:
     more = {n: SourceConfig.from_dict(c) for n, c in cfg.sources.items()}
     return opened | {n: (c, open_source(c)) for n, c in more.items()}
 
+# %% ../../../nbs/scale/data/cli.ipynb #c2b5df62
 def _limit(args, cfg):
     "How long texts may be, as a `TextLimit`."
     from spar.scale.data.texts import TextLimit
@@ -91,6 +93,7 @@ def _say(text: str, file=None):
     encoding = getattr(file, 'encoding', None) or 'utf-8'
     print(text.encode(encoding, 'backslashreplace').decode(encoding), file=file)
 
+# %% ../../../nbs/scale/data/cli.ipynb #f9a2de07
 def _check(args) -> int:
     "What `check` is asked for; the exit code."
     from spar.core import write_json
@@ -181,6 +184,7 @@ def _to_pack(args, named: list):
     if not args.exclude: _refuse(args, ('match',), 'says how prompts of --exclude FILE are compared.')
     return whole_samples(*_named_source(args.source, args), named, exclude, args.count)
 
+# %% ../../../nbs/scale/data/cli.ipynb #0c70dab9
 def _pack(args) -> int:
     "What `pack` is asked for; the exit code."
     from spar.scale.data.check import write_shards

@@ -122,7 +122,7 @@ def partition(self: Corpus):
     self.slots = self.cfg.slots or math.gcd(self.unit, 64)
     if self.unit % self.slots:
         raise ValueError(f'slots {self.slots} must divide the micro-batch of {self.unit} samples.')
-    order = lambda n, s: MixedOrder(s, self.slots * self.cfg.groups, self.seed, n, self.cfg.window)
+    def order(n, s): return MixedOrder(s, self.slots * self.cfg.groups, self.seed, n, self.cfg.window)
     self.orders = {n: order(n, s) for n, s in self.sources.items()}
     self.blends = {}
 
@@ -155,6 +155,7 @@ def pick_text(self: Corpus, texts: list, k: int) -> str | None:
     allowed = [t for t in texts if not self.exclude(t)]
     return allowed[int(rng(self.seed, 'which text', k).integers(len(allowed)))] if allowed else None
 
+# %% ../../../nbs/scale/data/corpus.ipynb #9ce59adf
 @patch
 def within_limit(self: Corpus, text: str, name: str, r: int, who: str) -> str:
     "The text, cut where it is too long; that is counted each time and named once."
@@ -209,6 +210,7 @@ def name_defect(self: Corpus, name: str, r: int, kind: str, text: str) -> str:  
     log_defect(name, kind, text, self.cfg.log)
     return known
 
+# %% ../../../nbs/scale/data/corpus.ipynb #0b10ba0c
 @patch
 def attempt(self: Corpus, name: str, r: int, k: int) -> dict | None:
     "The sample, or None with the reason counted and, the first time, named."
@@ -261,6 +263,7 @@ def _digest(parts: dict) -> str:
     "A name for the parts of all sources and their rows."
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
+# %% ../../../nbs/scale/data/corpus.ipynb #87d13b09
 @patch
 def description(self: Corpus) -> dict:
     "All that decides the order: settings, and every part with its rows."
@@ -290,6 +293,7 @@ def report(self: Corpus):
         log_defect('corpus', 'counts', f'samples so far: {numbers} (cut: the text, to max_tokens)', self.cfg.log)
     self.reported = now
 
+# %% ../../../nbs/scale/data/corpus.ipynb #9f54b94b
 @patch
 def state_dict(self: Corpus, position: int) -> dict:      # plain JSON
     "The position (samples used so far, over all processes) and what it means; reports the counts."

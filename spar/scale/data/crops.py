@@ -54,6 +54,7 @@ def draw_view(
     flipped = bool(flip) and rng(seed, 'flip', k).random() < flip and not handed(text)
     return View(place, bool(flipped))
 
+# %% ../../../nbs/scale/data/crops.ipynb #713a0975
 def _alike(images: list) -> bool:
     "Have all pictures one shape, within 1 %?"
     ratios = [im.width / im.height for im in images]

@@ -65,6 +65,7 @@ class Exclude:
         words = words_only(text).split()
         return ''.join(words) in self.prompts or self.within(words)
 
+# %% ../../../nbs/scale/data/exclude.ipynb #e3f01dcb
 @patch
 def within(self: Exclude, words: list) -> bool:
     "Do some of these words, side by side, make a prompt?"

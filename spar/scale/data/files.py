@@ -27,8 +27,8 @@ def files_below(
 ) -> tuple[list[str], list[str]]:  # files relative to `root`; what is wrong with folders
     "All files below a folder, sorted by name; a folder that is reached twice is listed once."
     names, faults, seen = [], [], set()
-    shown = lambda path: printable(os.path.relpath(path, root))
-    failed = lambda e: faults.append(f'{shown(e.filename)}: cannot be listed ({e.strerror})')
+    def shown(path): return printable(os.path.relpath(path, root))
+    def failed(e): return faults.append(f'{shown(e.filename)}: cannot be listed ({e.strerror})')
     for folder, below, files in os.walk(root, onerror=failed, followlinks=follow):
         below.sort()
         within = '' if Path(folder) == Path(root) else os.path.relpath(folder, root) + '/'
@@ -65,6 +65,7 @@ def same_split(split: str, known) -> str:
 _NO_SPLITS = '{}: split {!r} was asked for, but nothing there is named by splits. Leave `split` empty.'
 _MIXED = '{}: some files name a split ({}), {} does not. Say `split: all`, one of them, or rename the files.'
 
+# %% ../../../nbs/scale/data/files.ipynb #0b3a4a5d
 def in_split(
     names: list[str],  # files
     split: str,  # as the settings say: '' takes train, or everything where no file names a split
@@ -106,6 +107,7 @@ def _is_compressed_tar(name: str) -> bool:
     "An archive of samples that would be shards if it were unpacked."
     return bool(re.search(r'\.(t[gbxz]z2?|tzst|taz|tar\.\w+)$', name, re.IGNORECASE))
 
+# %% ../../../nbs/scale/data/files.ipynb #49079a3e
 def _why_unread(name: str, kind: str, read: set) -> str:
     "Why a file that looks like data is not read, or '' where nothing is lost."
     if _COMPRESSED.search(name): return _UNREAD['compressed']
@@ -166,6 +168,7 @@ def _cells(row: dict, line: int):
         except ValueError as e: return str(e)
     return dict(row)
 
+# %% ../../../nbs/scale/data/files.ipynb #69230502
 def _csv_rows(data: bytes, name: str) -> list:
     "(line, row) of a CSV file with a header; cells that are not there are None."
     rows = csv.DictReader(io.StringIO(data.decode('utf-8-sig', 'surrogateescape'), newline=''))

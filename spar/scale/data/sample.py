@@ -74,6 +74,7 @@ def _named_within(root: Path, path: str) -> bool:
     "Does the path itself, links apart, stay below the folder?"
     return '..' not in Path(path).parts and Path(os.path.abspath(root/path)).is_relative_to(os.path.abspath(root))
 
+# %% ../../../nbs/scale/data/sample.ipynb #f49f2657
 def inside(
     root: Path,  # the source's folder
     path,  # as the data say it

@@ -59,6 +59,7 @@ def locate(self: Source, r: int) -> tuple[int, int]:
     part = bisect.bisect_right(self.ends, r)
     return part, r - (self.ends[part - 1] if part else 0)
 
+# %% ../../../nbs/scale/data/sources.ipynb #54b15700
 @patch
 def row(self: Source, r: int) -> tuple[str, dict]: return self.columns(*self.locate(r))
 
@@ -85,6 +86,7 @@ def _picture_rows(files: list) -> list:
 # %% ../../../nbs/scale/data/sources.ipynb #7d6cd6b5
 _NO_SPLIT = 'a captions file cannot be split by name. Leave `split` empty, or write a captions file for each.'
 
+# %% ../../../nbs/scale/data/sources.ipynb #7a3b7919
 class Folder(Source):
     "Pictures in a folder, with or without a captions file; without one, folders within may name splits."
     kind = 'folder'

@@ -59,6 +59,7 @@ def words_only(text: str) -> str:
 MOST_TOKENS = 32768           # what the paper's language models can read
 _STAND_IN = re.compile(r'[A-Za-z0-9]{1,8}|[^\sA-Za-z0-9]')
 
+# %% ../../../nbs/scale/data/texts.ipynb #8341ccbe
 class TextLimit:
     "`limit(text)`: the text within the limits, its tokens before, and whether it was cut."
     def __init__(

@@ -220,7 +220,7 @@ _TOKENIZER_FILES = 'fetch tokenizer.json, tokenizer_config.json and what else th
 
 def _tokenizer_problems(folder: Path, arch: dict) -> list[Problem]:
     "No tokenizer, special tokens at other numbers, or a chat template that renders another text."
-    problem = lambda says, cure: [Problem('mllm', str(folder), says, cure)]
+    def problem(says, cure): return [Problem('mllm', str(folder), says, cure)]
     try: tk = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:
         reason = f'{type(e).__name__}: {str(e).splitlines()[0]}'
