@@ -41,6 +41,7 @@ def _bytes_of(a: np.ndarray) -> np.ndarray:
         raise ValueError(f'an array with values from {a.min():.4g} to {a.max():.4g}: {cure}')
     return (a.clip(0, 1) * 255).round().astype(np.uint8)
 
+# %% ../nbs/using/images.ipynb #5a896c84
 def _from_array(
     x,  # array [H, W], [H, W, C], or tensor [C, H, W], [H, W]; C is 1, 3 or 4
 ) -> Image.Image:
@@ -68,6 +69,7 @@ def _file_named(source) -> tuple:  # what Pillow opens, and the name for message
     if not Path(source).is_file(): raise FileNotFoundError(f'{source}: no such file.')
     return source, str(source)
 
+# %% ../nbs/using/images.ipynb #ed3be2be
 def _opened(source) -> tuple[Image.Image, str]:
     "A PIL picture and its name; errors name the file and say what is wrong with it."
     if isinstance(source, (np.ndarray, torch.Tensor)): source = _from_array(source)
@@ -92,6 +94,7 @@ def _white_of(mode: str, a: np.ndarray) -> float:
         if (a > white).mean() <= _OUTLIERS: return white
     raise ValueError(f'grey values up to {a.max():.4g}; expected white to be 1, 255 or 65535')
 
+# %% ../nbs/using/images.ipynb #ad192bbb
 def _grey_to_8_bit(im: Image.Image, name: str) -> tuple[Image.Image, str]:
     "Modes I;16, I and F -> 8-bit grey over their own natural range, and a note."
     a = np.asarray(im).astype(np.float64)
@@ -142,7 +145,7 @@ def read_image(
         im = ImageOps.exif_transpose(im)
         notes.append('turned upright as its EXIF says')
     im, note = _to_rgb(im, name)
-    return Read(im, notes + [note] * bool(note))
+    return Read(im, notes + ([note] if note else []))
 
 # %% ../nbs/using/images.ipynb #2c4c7d89
 _FITS = ('crop', 'pad', 'squash')
@@ -158,6 +161,7 @@ def _to_square(im: Image.Image, fit: str) -> Read:
     square.paste(im, (-x, -y))
     return Read(square, [f'padded with white {w}x{h} -> {n}x{n}'])
 
+# %% ../nbs/using/images.ipynb #f2cee519
 def squared(
     im: Image.Image,  # RGB
     side: int,  # pixels
@@ -168,7 +172,7 @@ def squared(
     im, notes = (im, []) if im.width == im.height else _to_square(im, fit)
     if im.size != (side, side):
         notes.append(f'bicubic {im.width}x{im.height} -> {side}x{side}')
-        im = im.resize((side, side), Image.BICUBIC)
+        im = im.resize((side, side), Image.Resampling.BICUBIC)
     return Read(im, notes)
 
 # %% ../nbs/using/images.ipynb #9b9d5e48
@@ -189,6 +193,7 @@ def in_range(
     check_finite(images)
     return images.float().clamp(-1, 1).cpu()
 
+# %% ../nbs/using/images.ipynb #2c1b0540
 def to_pil(
     images: torch.Tensor,  # [B, 3, H, W] in [-1, 1]
     names=None,  # of the B pictures, for the error

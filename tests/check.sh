@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What `make test` does, in the order in which failures are cheapest. Runs inside the environment that make has activated.
-# `check.sh slow` is `make test-slow`: the tests that start several processes and kill them.
+# `check.sh slow` is `make test-slow`: the tests that start several processes and kill them, and that install the wheel.
+# `check.sh lint`, `notebooks` and `pytest` are its parts, which CI runs beside each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -14,21 +15,35 @@ unchanged() {   # unchanged WHAT CMD...: running CMD must not change a tracked o
   echo "$what: in sync"
 }
 
-if [ "${1:-}" = slow ]; then
+lint() {
+  step "Ruff and mypy"
+  ruff check .
+  mypy
+  step "Notebooks are clean, modules and README follow from them"
+  unchanged "nbdev_clean"  nbdev_clean
+  unchanged "nbdev_export" nbdev_export
+  unchanged "README.md"    python tools/readme.py
+}
+notebooks() {
+  step "Every notebook runs"
+  nbdev_test --n_workers 2 --do_print --timing
+}
+tests() {
+  step "Tests"
+  python -m pytest -q tests -m 'not slow'
+}
+
+slow() {
   step "Slow tests"
-  exec python -m pytest -q tests -m slow
-fi
+  python -m pytest -q tests -m slow
+}
 
-step "Notebooks are clean, modules and README follow from them"
-unchanged "nbdev_clean"  nbdev_clean
-unchanged "nbdev_export" nbdev_export
-unchanged "README.md"    python tools/readme.py
-
-step "Every notebook runs"
-nbdev_test --n_workers 2 --do_print --timing
-
-step "Tests"
-python -m pytest -q tests -m 'not slow'
+case "${1:-}" in
+  lint|notebooks|slow) "$1"; exit ;;
+  pytest) tests; exit ;;
+  '') lint; notebooks; tests ;;
+  *) echo "check.sh: unknown '$1'; allowed: lint, notebooks, pytest, slow, or nothing for all but slow."; exit 1 ;;
+esac
 
 step "The pipeline's lock"
 if [ -f dvc.lock ]; then

@@ -1,6 +1,5 @@
 """SPAR and other systems in one table: real classes of diffusers and transformers, small; and everything that may be wrong with a line of the list."""
 import json, shutil, sys
-from pathlib import Path
 import numpy as np
 import pytest
 import torch, yaml
@@ -25,10 +24,9 @@ from spar.backbones.mllm import load_mllm
 from spar.mini.random import random_bases
 from spar.world.datasets import SceneImages
 from spar.mini.judge import Judge, JudgeConfig
-from spar.pipeline import SparPipeline
 from spar.images import to_pil
 from spar.world.prompts import vocabulary
-from test_protocols import GRADES, files, server        # the endpoint that answers like a judge
+from test_protocols import GRADES, files, server  # noqa: F401  a fixture: the endpoint that answers like a judge
 
 CPU = torch.device('cpu')
 SMALL = [dict(name='reconstruction-mini', glyphs=8, photos=4, least=8), dict(name='understanding-mini', questions=1, pairs=1, riddles=2),

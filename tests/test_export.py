@@ -1,6 +1,5 @@
 """What leaves the repository must work without it."""
 import json, os, subprocess, sys
-from pathlib import Path
 import numpy as np
 import pytest
 import torch

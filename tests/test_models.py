@@ -1,6 +1,5 @@
 """The paper's two sizes: profiles, parts, checks of folders and random stand-ins. Nothing large is allocated."""
 import json, os, shutil, subprocess, sys
-from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from spar.running.profiles import complete, yaml_file
@@ -57,7 +56,7 @@ def test_profile_says_what_the_method_says(profile):
     assert got['tokenizer_1_init']['loss']['lambda_p'] == 1 and got['tokenizer_2_decoder']['loss']['lambda_p'] == 0
     loss = got['tokenizer_3_encoder']['loss']
     assert (loss['lambda_s'], loss['lambda_gan'], loss['gan_start'], loss['encoder_lr'], loss['lecam']) == (1, .1, .3, .1, .001)
-    finer = got['tokenizer_3_encoder']['finer']      # the paper's fourth pass
+    finer = got['tokenizer_3_encoder']['finer']      # (ref) a second pass of stage III
     again = got['tokenizer_3_encoder']['train'] | finer['train']
     rates = (again['steps'], again['batch_size'], again['lr'], float(again['lr_end']))
     assert (finer['side'], finer['loss'], *rates) == (448, dict(gan_start=0.), 100_000, 256, 3e-4, 1e-5)

@@ -4,6 +4,7 @@ from pathlib import Path
 import psutil, pytest, torch
 from safetensors.torch import load_file
 from conftest import ROOT
+from spar.training.checkpoints import checkpoint_steps
 
 pytestmark = pytest.mark.slow
 
@@ -12,6 +13,7 @@ PROGRAM = '''
 import os, sys, torch
 from safetensors.torch import save_file
 import spar.training.loop as training
+import spar.training.run as state_of
 from spar.core import is_first
 from spar.backbones.dcae import load_dcae
 from spar.backbones.mllm import load_mllm
@@ -32,7 +34,7 @@ if 'fsdp' in how:           # accelerate itself takes FSDP2 on accelerators only
         acc.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy='transformer_based_wrap',
             transformer_cls_names_to_wrap=['SanaTransformerBlock', 'Qwen2DecoderLayer'], cpu_ram_efficient_loading=False, state_dict_type='full_state_dict')
         return acc
-    training.Accelerator = sharding
+    state_of.Accelerator = sharding
 if 'dies' in how:           # after the checkpoint of step 4
     step = training.players_step
     def dying(r, micros, t):
@@ -96,7 +98,7 @@ def test_two_processes_end_as_one(base):
 def killed(base):
     "A run of two sharded processes that ended after the checkpoint of step 4."
     code, out = start([*TWO, str(base/'program.py'), str(base), str(base/'killed'), 'fsdp', 'dies']); assert code and 'DIED' in out, out[-3000:]
-    state = json.loads((base/'killed/checkpoint/state.json').read_text())
+    state = json.loads((base/'killed/checkpoints/step-00000004/state.json').read_text())
     assert state['step'] == 4 and state['data']['position'] == 16
     return base/'killed'
 
@@ -127,7 +129,7 @@ class Points:
 def look(objective, step): write_json(f"plots/line/{step}.json", dict(rank=int(os.environ["RANK"])))
 stage = Stage.current("line"); line = Line()
 print("built")
-history = fit(line, Points(), TrainConfig.from_dict(train), 0, stage.run, stage.fingerprint(train), look)
+history = fit(line, Points(), TrainConfig.from_dict(train), 0, stage.run, stage.parts(train), look)
 assert accelerate.PartialState().num_processes == 2
 assert read_json("plots/line/4.json") == dict(rank=0)       # a later cell reads it in every process
 history.save("plots/line/loss.csv"); save_figure(history.plot(), "plots/line/loss.png")
@@ -146,7 +148,7 @@ def toy(tmp_path_factory):
     for name, ill in (('well', 'false'), ('ill', 'true')): (toy/f'configs/{name}.yaml').write_text(f'line: {{ill: {ill}}}\n')
     return toy
 
-def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and 'spar' not in p.relative_to(folder).parts[:1])
+def files(folder): return sorted(s for s in (str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and 'spar' not in p.relative_to(folder).parts[:1]) if 'checkpoints' not in s and not s.endswith('.lock'))
 
 def test_every_process_runs_the_notebook_and_the_first_one_writes(toy):
     "Started as the documentation says, in an environment that says nothing of a CPU."
@@ -178,3 +180,23 @@ def test_a_stage_from_shards_killed_on_two_processes_ends_on_one_as_if_nothing_h
     sys.path.insert(0, str(ROOT/'tools'))
     from six_stages import close, main
     assert close(found := main(tmp_path, stages=('tokenizer_1_init',))['tokenizer_1_init']), found
+
+
+@pytest.mark.parametrize('how', ['--kills 3 --stages tokenizer_1_init --processes 2', '--faults --every 5', '--faults --every 13 --processes 2'])
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, how):
+    "tools/killed.py: SIGKILL in the middle of random steps, and before and after fsyncs and renames of a save (all of them: without --every)."
+    code, out = start([sys.executable, str(ROOT/'tools/killed.py'), *how.split()], tmp_path)
+    assert code == 0 and 'same bytes' in out and 'OTHER' not in out, out[-3000:]
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_a_signal_to_one_of_two_processes_ends_both_with_one_checkpoint(base, tmp_path, name):
+    "The other process is told by the first: both save the same step."
+    run = tmp_path/'signalled'; port = str(29000 + os.getpid() % 1000)
+    here = lambda rank: {**ENV, 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'PYTHONPATH': str(ROOT)}
+    program = (base/'program.py').read_text().replace("train = dict(steps=6", "train = dict(steps=600").replace("if 'dies' in how:", "if 'signalled' in how:").replace(
+        "if t < 4: return step(r, micros, t)", "if t == 4 and int(os.environ['RANK']) == 1: import signal; os.kill(os.getpid(), signal.%s)\n        return step(r, micros, t)" % name)
+    (tmp_path/'program.py').write_text(program)
+    pair = [subprocess.Popen([sys.executable, str(tmp_path/'program.py'), str(base), str(run), 'signalled'], env=here(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    outs = [p.communicate(timeout=200)[0] for p in pair]
+    assert [p.returncode for p in pair] == [0, 0], outs[0][-3000:]
+    assert max(checkpoint_steps(run/'checkpoints')) == 5

@@ -3,16 +3,17 @@ import io, itertools, json, os, pickle, struct, sys, tarfile, zlib
 from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 from conftest import ROOT
 from spar.core import to_uint8
+from spar.training.checkpoints import checkpoint_steps
 from spar.scale.data.check import examine, world_samples, write_shards
 from spar.scale.data.cli import data_command
 from spar.scale.data.corpus import Corpus, corpus_of, Stream, TooManyBroken
 from spar.scale.data.exclude import Exclude
+from spar.scale.data.files import stamp
 from spar.scale.data.order import Blend
 from spar.scale.data.sample import as_tensor, Broken, picture, TASKS
 from spar.scale.data.sources import COUNTS, open_source, raw_sample, scan, Shards, SourceConfig, Table
@@ -279,7 +280,8 @@ def test_fit_asks_for_whole_units_when_it_accumulates(tmp_path, world):
 def test_a_damaged_or_lying_table_of_counts_changes_nothing(tmp_path):
     numbered(tmp_path, 2, 5)
     for text in ('{"000.tar": [1', '[]', '{"000.tar": "x", "001.tar": [10240, -5]}'): (tmp_path/COUNTS).write_text(text); assert len(Shards(tmp_path)) == 10
-    (tmp_path/COUNTS).write_text(json.dumps({'000.tar': [(tmp_path/'000.tar').stat().st_size, 8]})); c = corpus(tmp_path)
+    (tmp_path/COUNTS).write_text(json.dumps({'000.tar': [(tmp_path/'000.tar').stat().st_size, 8]})); assert len(Shards(tmp_path)) == 10, 'the old form'
+    (tmp_path/COUNTS).write_text(json.dumps({'000.tar': [8, *stamp(tmp_path/'000.tar')]})); c = corpus(tmp_path)
     assert len(c.sources['a']) == 13 and {nr(t) for t in texts(c, 60)} == set(range(10)) and c.counts.total()['broken'] > 0
 
 def test_a_source_switched_off_is_not_even_opened(tmp_path):
@@ -376,7 +378,7 @@ def test_the_miniature_world_from_shards_is_the_miniature_world(tmp_path, what, 
     assert sorted(map(str, c.batch(range(4)))) == sorted(map(str, {*TASKS[task], 'index'}))
     assert len([*WebDataset(sorted(map(str, (tmp_path/'s').glob('*.tar'))), shardshuffle=False)]) == 20
 
-def test_counts_are_believed_only_while_the_size_is_right(tmp_path, monkeypatch):
+def test_counts_are_believed_only_while_the_shard_is_the_same(tmp_path, monkeypatch):
     numbered(tmp_path, 3, 5); s = Shards(tmp_path); s.write_counts(); scans, real = [], scan
     monkeypatch.setattr('spar.scale.data.sources.scan', lambda p: scans.append(p.name) or real(p))
     assert len(Shards(tmp_path)) == 15 and not scans
@@ -513,11 +515,11 @@ def test_killed_on_two_processes_and_resumed_on_one_ends_within_rounding(tmp_pat
     def ended(p, folder):
         code, out = p.wait(200), (tmp_path/f'{folder}0.log').read_text(); assert code == 0, out[-3000:]
         return out, torch.tensor([float(v) for v in re.search(r'WEIGHTS (.*)', out)[1].split()])
-    whole, pair, state = start('one', 0), [start('two', 1, .2, r, 2) for r in (0, 1)], tmp_path/'two/checkpoint/state.json'
+    whole, pair, state = start('one', 0), [start('two', 1, .2, r, 2) for r in (0, 1)], tmp_path/'two/checkpoints'
     try:
-        while all(p.poll() is None for p in pair) and not (state.exists() and json.loads(state.read_text())['step'] >= 4): time.sleep(.05)
+        while all(p.poll() is None for p in pair) and not any(n >= 4 for n in checkpoint_steps(state)): time.sleep(.05)
         assert all(p.poll() is None for p in pair), (tmp_path/'two0.log').read_text()[-3000:]
     finally: [(p.kill(), p.wait()) for p in pair]
-    assert 4 <= json.loads(state.read_text())['step'] < 24 and 'SHARE 2' in (tmp_path/'two1.log').read_text(), 'two processes really shared a micro-batch'
+    assert 4 <= max(checkpoint_steps(state)) < 24 and 'SHARE 2' in (tmp_path/'two1.log').read_text(), 'two processes really shared a micro-batch'
     out, resumed = ended(start('two', 2), 'two'); one = ended(whole, 'one')[1]
     assert 'Resumed at step' in out and torch.allclose(resumed, one, atol=1e-6) and not torch.equal(one, torch.zeros(3))

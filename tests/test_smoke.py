@@ -5,11 +5,12 @@ import numpy as np
 import psutil, pytest, yaml
 from PIL import Image
 from safetensors.torch import load_file
-from conftest import ROOT, clone, run
+from conftest import ROOT, environment, run
 from spar import cli
 from spar.core import file_hash
 from spar.pipeline import SparPipeline
 from spar.images import read_image
+from spar.training.checkpoints import checkpoint_steps
 
 pytestmark = pytest.mark.smoke
 CPU_SECONDS = 6 * 60      # of one core: on two the pipeline takes no longer than this
@@ -139,12 +140,30 @@ def kill_tree(p):
 
 def test_a_killed_stage_continues_to_the_same_bytes(smoke):
     name = 'tokenizer_3_encoder'; whole = result(smoke, name)
-    p, state = stage(smoke, name), smoke/'runs/smoke'/name/'checkpoint/state.json'
-    while p.poll() is None and not state.exists(): time.sleep(.01)
-    kill_tree(p); assert state.exists(), 'a finished stage would have deleted its checkpoint'
+    shutil.rmtree(smoke/'runs/smoke'/name); there = lambda: [*checkpoint_steps(smoke/'runs/smoke'/name/'checkpoints')]
+    p = stage(smoke, name)
+    while p.poll() is None and not there(): time.sleep(.01)
+    kill_tree(p); assert there() and there()[-1] < 6, 'it was killed before its end'
     p = stage(smoke, name); out = p.communicate(timeout=600)[0]
     assert p.returncode == 0 and 'Resumed at step' in out, out[-2000:]
-    assert result(smoke, name) == whole and not state.exists()
+    assert result(smoke, name) == whole and there() == [6]      # the last state stays
+
+def test_the_artifact_of_a_checkpoint_without_training(smoke):
+    name = 'tokenizer_1_init'; whole = result(smoke, name)
+    done = run(['spar_stage', name, '--export'], smoke); assert done.returncode == 0, done.stderr[-3000:]
+    out = smoke/done.stdout.strip().splitlines()[-1]; assert out == smoke/f'runs/smoke/{name}/export/4'
+    assert [file_hash(out/p) for p in ('artifact', 'metrics.json', 'plots/loss.csv')] == whole == result(smoke, name)
+    none = run(['spar_stage', name, '--export', '3'], smoke); assert none.returncode == 1 and 'no checkpoint of step 3. There are: 4, or last' in none.stderr
+
+def test_a_signal_to_the_command_reaches_the_training(smoke):
+    name, profile = 'tokenizer_1_init', yaml.safe_load((smoke/'configs/smoke.yaml').read_text())
+    profile[name]['prepared'] = 'artifacts/smoke/prepared'; profile[name]['train'] |= dict(steps=5000, log_every=1000)
+    (smoke/'configs/long.yaml').write_text(yaml.safe_dump(profile)); there = lambda: [*checkpoint_steps(smoke/'runs/long'/name/'checkpoints')]
+    p = subprocess.Popen(['spar_stage', name, '--profile', 'long'], cwd=smoke, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(smoke))
+    while p.poll() is None and not there(): time.sleep(.05)
+    p.terminate(); out = p.communicate(timeout=120)[0]
+    assert p.returncode == 1 and (m := re.search(r'paused at step (\d+) of 5000', out)), out[-3000:]
+    assert there() == [int(m[1])]
 
 def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_model_starts_from_it(smoke):
     smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text())
@@ -157,7 +176,8 @@ def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_mod
     assert side('artifacts/smoke/tokenizer_3_encoder') == 64 and side('artifacts/finer/tokenizer_3_encoder') == 128
     rows = list(csv.DictReader(open(smoke/'plots/finer/tokenizer_3_encoder/finer.csv')))
     assert rows[-1]['step'] == '3' and all(r['L_GAN'] for r in rows)          # the adversary is there from the start
-    assert (smoke/'artifacts/finer/unified_1_connector').is_dir() and not list((smoke/'runs/finer').rglob('checkpoint'))
+    assert (smoke/'artifacts/finer/unified_1_connector').is_dir()
+    assert [*checkpoint_steps(smoke/'runs/finer/tokenizer_3_encoder/finer/checkpoints')] == [3]
 
 def test_the_control_learns_from_a_corpus_with_its_text_encoder_at_rest(smoke):
     smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text()); name = 'sana_tuned'

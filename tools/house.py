@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    'core', 'images', 'figures', 'backbones', 'world', 'training', 'tokenizer', 'unified', 'evaluation',
+    'core', 'machine', 'images', 'figures', 'backbones', 'world', 'training', 'tokenizer', 'unified', 'evaluation',
     'mini', 'using', 'pipeline', 'running', 'cli', 'scale',
 ]
 LIMITS = {
@@ -84,7 +84,7 @@ def cells(root=ROOT) -> list:
 
 def lines_of(source: str) -> list:
     "The lines of a cell that a reader reads: no directives, no blank lines at its ends."
-    return '\n'.join(l for l in source.splitlines() if not l.startswith('#|')).strip('\n').splitlines()
+    return '\n'.join(x for x in source.splitlines() if not x.startswith('#|')).strip('\n').splitlines()
 
 
 def imports_only(source: str) -> bool:
@@ -165,7 +165,7 @@ def measure(root=ROOT, dvc: bool = True) -> dict:
         'exported cells': len(sizes),
         'lines of an exported cell, p90': percentile(sizes, 90),
         'lines of an exported cell, max': max(sizes),
-        'widest line': max(len(l) for t in texts for l in t.splitlines()),
+        'widest line': max(len(x) for t in texts for x in t.splitlines()),
         'statements that share a line': sum(map(crowded, sources)),
         'AST nodes a line, p90': percentile([n for s in sources for n in nodes_a_line(s)], 90),
         'names exported twice': len(exported_twice(root)),

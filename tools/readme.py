@@ -1,4 +1,7 @@
-"""README.md from nbs/index.ipynb, executed and saved with its tables. `#| hide` leaves a cell out, `#| echo: false` its source.  Run: python tools/readme.py"""
+"""README.md from nbs/index.ipynb, executed and saved with its tables: python tools/readme.py
+
+`#| hide` leaves a cell out, `#| echo: false` its source.
+"""
 import re
 from pathlib import Path
 
@@ -19,7 +22,8 @@ def says(cell, directive):
 def main():
     index = ROOT / 'nbs/index.ipynb'
     nb = nbformat.read(index, as_version=4)
-    NotebookClient(nb, timeout=300, kernel_name='python3', record_timing=False, resources={'metadata': {'path': str(ROOT / 'nbs')}}).execute()
+    where = {'metadata': {'path': str(ROOT / 'nbs')}}
+    NotebookClient(nb, timeout=300, kernel_name='python3', record_timing=False, resources=where).execute()
     nbformat.write(nb, index)
     nbdev_clean(str(index))
     nb.cells = [c for c in nb.cells if c.cell_type != 'raw' and not says(c, 'hide')]

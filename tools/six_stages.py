@@ -17,7 +17,6 @@ the run that nobody killed: the largest difference, the share of weights farther
 difference against that of the weights.
 """
 import argparse
-import json
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
 from conftest import ROOT, clone, environment, run
+from spar.training.checkpoints import checkpoint_steps
 
 STAGES = (
     'tokenizer_1_init', 'tokenizer_2_decoder', 'tokenizer_3_encoder',
@@ -87,12 +87,12 @@ def killed(stage: str, tree: Path) -> int:       # the step whose checkpoint is 
     "Start a stage on two processes and kill every one of them at its first checkpoint."
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     p = psutil.Popen(TWO + [stage, '--profile', PROFILE], cwd=tree, env=environment(tree), **quiet)
-    state = tree/'runs'/PROFILE/stage/'checkpoint/state.json'
-    while not state.is_file():
+    checkpoints = tree/'runs'/PROFILE/stage/'checkpoints'
+    while not checkpoint_steps(checkpoints):
         assert p.poll() is None, f'{stage} ended with {p.poll()} before its first checkpoint'
         time.sleep(.01)
     kill_all(p)
-    step = json.loads(state.read_text())['step']
+    step = max(checkpoint_steps(checkpoints))
     late = (tree/'artifacts'/PROFILE/stage).exists()
     assert 0 < step < STEPS and not late, f'{stage} was killed too late, at step {step}'
     return step

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'mini_mllm', 'pixel_shuffle', 'plain_json', 'Encoder', 'encoder_of', 'pad_left',
-           'position_ids', 'MLLM', 'read_layers', 'load_mllm', 'save_mllm']
+           'position_ids', 'MLLM', 'Chat', 'read_layers', 'load_mllm', 'save_mllm']
 
 # %% ../../nbs/backbones/mllm.ipynb #c7a154be
 import json
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 from ..core import freeze, pick_device
 import torch
 import torch.nn as nn
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 from .folders import cast, check_loading, need_folder, saved_folder
-from .words import encode_text, is_word_level, make_tokenizer
+from .words import check_template, encode_text, is_word_level, make_tokenizer
 
 # %% ../../nbs/backbones/mllm.ipynb #6e437153
 def _vision_config(dim: int, layers: int, heads: int, side: int, patch: int) -> InternVLVisionConfig:
@@ -180,30 +181,55 @@ class MLLM(nn.Module):
     def encode(self, images): return self.encoder(images)
 
 # %% ../../nbs/backbones/mllm.ipynb #6b3cd7f1
+class Chat(NamedTuple):
+    "What turns words into ids: light enough for the processes that prepare batches."
+    tokenizer: object
+    image_token: int       # id of <IMG_CONTEXT>
+    pad_token: int
+    image_length: int      # context tokens of one picture
+    device = None          # of the ids: the CPU
+
+    def image_text(self, n: int | None = None) -> str:
+        "The text that stands for an image: `n` context tokens between <img> and </img>."
+        n = self.image_length if n is None else n
+        if is_word_level(self.tokenizer): return '<img> ' + '<IMG_CONTEXT> ' * n + '</img> '
+        return '<img>' + '<IMG_CONTEXT>' * n + '</img>\n'
+
+    def chat_text(self, text, has_image=False, answer=None) -> str:
+        "One user turn, open for the assistant, or closed with the given answer."
+        turns = [dict(role='user', content=(self.image_text() if has_image else '') + text)]
+        if answer is not None: turns.append(dict(role='assistant', content=answer))
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+
+    def chat_ids(
+        self,
+        text: str,  # the user's words
+        has_image: bool = False,  # put the image's context tokens before them
+        answer: str | None = None,
+    ) -> list:
+        "Token ids of a conversation in the model's own chat template."
+        return encode_text(self.tokenizer, self.chat_text(text, has_image, answer))
+
+# %% ../../nbs/backbones/mllm.ipynb #ae732456
+@patch(as_prop=True)
+def chat(self: MLLM) -> Chat:
+    "Its words without its weights, at the side that its encoder works at now."
+    return Chat(self.tokenizer, self.image_token, self.pad_token, self.grid() ** 2)
+
 @patch
 def image_text(self: MLLM, n: int | None = None) -> str:
-    "The text that stands for an image: `n` context tokens between <img> and </img>."
-    n = self.grid() ** 2 if n is None else n
-    if is_word_level(self.tokenizer): return '<img> ' + '<IMG_CONTEXT> ' * n + '</img> '
-    return '<img>' + '<IMG_CONTEXT>' * n + '</img>\n'
+    "See `Chat.image_text`."
+    return self.chat.image_text(n)
 
 @patch
 def chat_text(self: MLLM, text, has_image=False, answer=None) -> str:
-    "One user turn, open for the assistant, or closed with the given answer."
-    turns = [dict(role='user', content=(self.image_text() if has_image else '') + text)]
-    if answer is not None: turns.append(dict(role='assistant', content=answer))
-    return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    "See `Chat.chat_text`."
+    return self.chat.chat_text(text, has_image, answer)
 
-# %% ../../nbs/backbones/mllm.ipynb #ae732456
 @patch
-def chat_ids(
-    self: MLLM,
-    text: str,  # the user's words
-    has_image: bool = False,  # put the image's context tokens before them
-    answer: str | None = None,
-) -> list:
-    "Token ids of a conversation in the model's own chat template."
-    return encode_text(self.tokenizer, self.chat_text(text, has_image, answer))
+def chat_ids(self: MLLM, text: str, has_image: bool = False, answer: str | None = None) -> list:
+    "See `Chat.chat_ids`."
+    return self.chat.chat_ids(text, has_image, answer)
 
 # %% ../../nbs/backbones/mllm.ipynb #1b81c73f
 @patch
@@ -297,11 +323,13 @@ def answer(
 def load_mllm(path, side: int | None = None, dtype=torch.float32) -> MLLM:
     "InternVL from a folder, frozen; `side` is the picture size the encoder works at."
     path = need_folder(path, 'MLLM')
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    check_template(tokenizer, path)
     hf, info = InternVLForConditionalGeneration.from_pretrained(
         path, dtype=dtype, tie_word_embeddings=False, output_loading_info=True
     )
     check_loading(info, path, 'MLLM')
-    return freeze(MLLM(hf, AutoTokenizer.from_pretrained(path), side))
+    return freeze(MLLM(hf, tokenizer, side))
 
 # %% ../../nbs/backbones/mllm.ipynb #10a14ad4
 def save_mllm(mllm: MLLM, path, dtype=torch.bfloat16):

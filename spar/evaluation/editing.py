@@ -9,6 +9,7 @@ __all__ = ['edits', 'Edited', 'run_edits', 'imgedit_mini']
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from ..core import one_of
 import torch
 from torch import Tensor
 from .metrics import to_8bit
@@ -22,10 +23,11 @@ from ..world.scenes import boxes, render, Scene
 def edits(
     seed: int,
     n: int = 32,  # edits a type
-    split: str = 'test',
+    split: str = 'val',  # val for whatever chooses, test for the table
     dial: str = 'easy',
 ) -> list:  # of `Edit`, type by type
     "The edits of the benchmark."
+    one_of(split, ('val', 'test'), 'split of imgedit-mini')
     return [edit(kind, seed, split, k, dial) for kind in EDIT_KINDS for k in range(n)]
 
 # %% ../../nbs/evaluation/editing.ipynb #1efa0d5f
@@ -129,6 +131,7 @@ class Edited:
     kept: list       # preservation of every edit that has an outside
     done: dict       # type -> `[edits]` of 0 and 1
     pictures: Tensor # results `[n, 3, H, W]` in [-1, 1]
+    sources: dict = None  # type -> `[edits]` the scene that each began with
 
 # %% ../../nbs/evaluation/editing.ipynb #d9febf18
 def _results(editor, x: Tensor, texts: list, batch_size: int, start: int) -> Tensor:
@@ -150,14 +153,15 @@ def run_edits(
     "Carry out every edit and have it judged."
     x = renders([e.source for e in es])
     out = _results(editor, x, [e.instruction for e in es], batch_size, start)
-    scores, kept, did = defaultdict(list), [], defaultdict(list)
+    scores, kept, did, sources = defaultdict(list), [], defaultdict(list), defaultdict(list)
     for e, a, b, found, ground in zip(es, x, out, *judge.look(out)):
         k, d = _preserved(e, a, b), float(_done(e, found, ground, a, b))
         did[e.kind].append(d)
+        sources[e.kind].append(e.source)
         if k is not None: kept.append(k)
         else: k = _agreement(as_image(render(e.target)), b)
         scores[e.kind].append(d * k)
-    return Edited(dict(scores), kept, dict(did), out)
+    return Edited(dict(scores), kept, dict(did), out, dict(sources))
 
 # %% ../../nbs/evaluation/editing.ipynb #6f981a7b
 def imgedit_mini(
@@ -165,4 +169,4 @@ def imgedit_mini(
     seed: int = 0,  # of the interval
 ) -> dict:  # 'overall', 'overall_ci', nine types
     "Overall is the mean of the nine types, as in ImgEdit-Bench."
-    return table_of(edited.scores, seed=seed)
+    return table_of(edited.scores, seed=seed, sources=edited.sources)

@@ -6,12 +6,30 @@
 __all__ = ['reconstruction_mini']
 
 # %% ../../nbs/evaluation/reconstruction.ipynb #451d9599
+from ..core import need_finite
 import torch
 from torch import Tensor
-from .metrics import compare, features, fid, summary
+from .metrics import compare, features, fid, rank_only, summary
 from .systems import in_batches
 
 # %% ../../nbs/evaluation/reconstruction.ipynb #7f9a9cac
+def _row(
+    images: Tensor,  # originals `[n, 3, H, W]`
+    again: Tensor,  # reconstructions, the same shape
+    lpips,
+    seed: int,
+    batch_size: int,
+    sources=None,  # `[n]` what the intervals resample; None: pictures
+) -> dict:
+    "Means over pictures of every metric of a pair."
+    pairs = zip(images.split(batch_size), again.split(batch_size))
+    parts = [compare(x, y, lpips) for x, y in pairs]
+    return summary({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, seed, sources)
+
+def _fid_columns(reference: Tensor, feats: Tensor, least: int) -> dict:
+    "The FID, and whether it orders systems only."
+    return dict(rfid_efflite0=fid(reference, feats, least), rank_only=rank_only(*feats.shape))
+
 @torch.no_grad()
 def reconstruction_mini(
     systems: dict,  # name -> callable: pictures -> reconstructions
@@ -21,17 +39,15 @@ def reconstruction_mini(
     seed: int = 0,  # of the intervals
     batch_size: int = 50,  # changes the speed only
     least: int = 1000,  # fewest pictures for an FID
-) -> dict:  # name -> {'psnr', 'psnr_ci', 'ssim', 'ssim_range2', 'lpips_squeeze_mini', 'rfid_efflite0', 'n'}
-    "The table of reconstruction metrics, one row a system."
-    reference = None if net is None else features(net, images)
-    table = {}
+    sources=None,  # `[n]` the photograph of each crop: the intervals resample photographs
+) -> dict:  # name -> {'psnr', 'psnr_ci', 'ssim', 'ssim_range2', 'lpips_...', 'rfid_efflite0', 'rank_only', 'n'}
+    "The table of reconstruction metrics, one row a system; a picture with NaN or inf is an error that names it."
+    reference, table = None if net is None else features(net, images), {}
+    if net is not None and rank_only(*reference.shape):
+        print('rfid_efflite0: {} pictures in {} dimensions, rank order only.'.format(*reference.shape))
     for name, reconstruct in systems.items():
         batch = lambda a, b: reconstruct(images[a:b]).float().cpu()
-        again = in_batches(batch, len(images), batch_size)
-        pairs = zip(images.split(batch_size), again.split(batch_size))
-        parts = [compare(x, y, lpips) for x, y in pairs]
-        columns = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        table[name] = summary(columns, seed)
-        if net is not None:
-            table[name]['rfid_efflite0'] = fid(reference, features(net, again), least)
+        again = need_finite(in_batches(batch, len(images), batch_size), f'reconstructions by {name}')
+        table[name] = _row(images, again, lpips, seed, batch_size, sources)
+        if net is not None: table[name] |= _fid_columns(reference, features(net, again), least)
     return table

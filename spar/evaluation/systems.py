@@ -6,7 +6,7 @@
 __all__ = ['in_batches', 'renders', 'in_precision']
 
 # %% ../../nbs/evaluation/systems.ipynb #854ed8c4
-from ..core import autocast
+from ..core import autocast, check_number, PositiveInt
 import torch
 from torch import Tensor
 from ..images import in_range
@@ -20,6 +20,7 @@ def in_batches(
     batch_size: int,
 ) -> Tensor | list:
     "Call `fn` on consecutive ranges and join what it returns."
+    check_number(batch_size, PositiveInt, 'batch_size')
     parts = [fn(at, min(n, at + batch_size)) for at in range(0, n, batch_size)]
     if torch.is_tensor(parts[0]): return torch.cat(parts)
     return [x for p in parts for x in p]

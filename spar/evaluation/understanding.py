@@ -9,6 +9,7 @@ __all__ = ['Asked', 'question_set', 'understanding_mini', 'blind']
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from ..core import one_of
 import numpy as np
 import torch
 from .systems import renders
@@ -28,11 +29,11 @@ class Asked:
     scene: Scene | None = None  # None: text only
 
 # %% ../../nbs/evaluation/understanding.ipynb #2c1acad1
-def _of_each_kind(seed: int, n: int, dial: str) -> list[Asked]:
-    "The first n questions of each kind, from scene after scene of the test split."
+def _of_each_kind(seed: int, n: int, split: str, dial: str) -> list[Asked]:
+    "The first n questions of each kind, from scene after scene of the split."
     by, k = {kind: [] for kind in QUESTION_KINDS}, 0
     while min(map(len, by.values())) < n:
-        s = scene(seed, 'test', k, dial)
+        s = scene(seed, split, k, dial)
         for q in questions(s, seed, k, dial):
             by[q.kind].append(Asked(q.kind, q.text, q.answer, s))
         k += 1
@@ -45,13 +46,14 @@ def question_set(
     pairs: int = 150,  # pairs, two questions each
     riddles: int = 200,  # spread over the six kinds
     dial: str = 'easy',  # difficulty of the world
+    split: str = 'val',  # val for whatever chooses, test for the table
 ) -> list[Asked]:
     "The questions, in a fixed order: kinds, pairs, riddles."
-    out = _of_each_kind(seed, n, dial)
+    out = _of_each_kind(seed, n, one_of(split, ('val', 'test'), 'split of understanding-mini'), dial)
     for i in range(pairs):
-        out += [Asked('pairs', q.text, q.answer, s) for s, q in pair(seed, i, 'test', dial)]
+        out += [Asked('pairs', q.text, q.answer, s) for s, q in pair(seed, i, split, dial)]
     for i in range(riddles):
-        r = riddle(RIDDLE_KINDS[i % len(RIDDLE_KINDS)], seed, 'test', i)
+        r = riddle(RIDDLE_KINDS[i % len(RIDDLE_KINDS)], seed, split, i)
         out.append(Asked('riddles', r.question, r.answer))
     return out
 
@@ -86,6 +88,13 @@ def _right(
         out['pairs'] = [x * y for x, y in zip(pairs[::2], pairs[1::2])]
     return dict(out)
 
+def _sources(asked: list[Asked]) -> dict:  # kind -> `[units]`: the scene, the first scene of a pair, the riddle
+    "What the units of `_right` are about."
+    out = defaultdict(list)
+    for a in asked: out[a.kind].append(a.scene or a.question)
+    if pairs := out.get('pairs'): out['pairs'] = pairs[::2]
+    return dict(out)
+
 # %% ../../nbs/evaluation/understanding.ipynb #ea4e122e
 def understanding_mini(
     answer,  # callable (images or None, questions) -> words
@@ -94,7 +103,8 @@ def understanding_mini(
     seed: int = 0,  # of the interval
 ) -> dict:  # 'overall', 'overall_ci', kinds
     "Accuracies of one system."
-    return table_of(_right(asked, _ask(answer, asked, batch_size)), seed=seed)
+    right = _right(asked, _ask(answer, asked, batch_size))
+    return table_of(right, seed=seed, sources=_sources(asked))
 
 # %% ../../nbs/evaluation/understanding.ipynb #115e9f01
 def _form(

@@ -61,11 +61,11 @@ def forward(self: CellHead, f_v, cells):
     thing, colour, *place = self.logits(f_v)
     at = torch.arange(cells.shape[1], device=f_v.device).repeat(len(cells))
     targets = at // self.grid, at % self.grid
-    where = sum(F.cross_entropy(l, t) for l, t in zip(place, targets))
+    where = sum(F.cross_entropy(p, t) for p, t in zip(place, targets))
     named = []
-    for l, t in zip((thing, colour), cells.unbind(-1)):
-        weight = self._weight(l.shape[-1], f_v.device)
-        named.append(F.cross_entropy(l, t.flatten(), weight=weight))
+    for p, t in zip((thing, colour), cells.unbind(-1)):
+        weight = self._weight(p.shape[-1], f_v.device)
+        named.append(F.cross_entropy(p, t.flatten(), weight=weight))
     return where + sum(named)
 
 # %% ../../nbs/mini/cells.ipynb #f13c0f81
@@ -96,7 +96,7 @@ def cell_accuracy(objective: TowerObjective, data: CellScenes, n: int = 128) -> 
     device = next(objective.parameters()).device
     logits = objective.head.logits(objective.encoder(x.to(device)))
     on, out = c[..., 0].flatten() > 0, {}
-    for i, (name, l) in enumerate(zip(('thing', 'colour'), logits)):
-        right = l.argmax(-1).cpu() == c[..., i].flatten()
+    for i, (name, p) in enumerate(zip(('thing', 'colour'), logits)):
+        right = p.argmax(-1).cpu() == c[..., i].flatten()
         out[name] = float(right[on].float().mean())
     return out

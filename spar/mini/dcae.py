@@ -7,7 +7,7 @@ __all__ = ['DcaeConfig', 'DcaeObjective', 'autoencoder_scores', 'set_scale', 'sh
 
 # %% ../../nbs/mini/dcae.ipynb #3f6bbbe4
 from dataclasses import dataclass
-from ..core import Config
+from ..core import Config, NonNegativeFloat
 import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
@@ -40,11 +40,11 @@ def _moments(
 @dataclass
 class DcaeConfig(Config):
     "Weights of the autoencoder's terms."
-    mse: float = 1.0
-    l1: float = 0.1
-    edge: float = 0.1
-    moments: float = 0.01
-    lpips: float = 0.0       # needs a perceptual net
+    mse: NonNegativeFloat = 1.0
+    l1: NonNegativeFloat = 0.1
+    edge: NonNegativeFloat = 0.1
+    moments: NonNegativeFloat = 0.01
+    lpips: NonNegativeFloat = 0.0  # needs a perceptual net
 
 # %% ../../nbs/mini/dcae.ipynb #9aec4284
 class DcaeObjective(Objective):

@@ -9,7 +9,7 @@ __all__ = ['Detection', 'Ground', 'JudgeConfig', 'ResBlock', 'JudgeNet', 'Judge'
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import Config, freeze, one_of, read_json, write_json
+from ..core import Config, freeze, one_of, PositiveInt, read_json, write_json
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
@@ -43,13 +43,13 @@ class Ground:
 @dataclass
 class JudgeConfig(Config):
     "Sizes and vocabulary of the detector; the vocabulary is saved with the weights."
-    objects: tuple = ()      # names, in the order of the output
-    colours: tuple = ()
-    textures: tuple = ()
-    styles: tuple = ()
-    width: int = 32          # channels at half resolution
-    side: int = 64           # pictures are resized to this
-    stride: int = 4          # pixels a cell of the heatmap
+    objects: tuple[str, ...] = ()  # names, in the order of the output
+    colours: tuple[str, ...] = ()
+    textures: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    width: PositiveInt = 32        # channels at half resolution
+    side: PositiveInt = 64         # pictures are resized to this
+    stride: PositiveInt = 4        # pixels a cell of the heatmap
 
     @classmethod
     def of_world(
@@ -75,9 +75,9 @@ class JudgeNet(nn.Module):
     "Picture -> a map of glyphs and a vote on the background."
     def __init__(self, cfg: JudgeConfig):
         super().__init__()
-        w, O, C = cfg.width, len(cfg.objects), len(cfg.colours)
-        self.cells = dict(heat=1, object=O, colour=C, turn=2, box=4)
-        self.votes = dict(ground=C, texture=len(cfg.textures), style=len(cfg.styles))
+        w, objects, colours = cfg.width, len(cfg.objects), len(cfg.colours)
+        self.cells = dict(heat=1, object=objects, colour=colours, turn=2, box=4)
+        self.votes = dict(ground=colours, texture=len(cfg.textures), style=len(cfg.styles))
         cells, votes = sum(self.cells.values()), sum(self.votes.values())
         w2, w3 = 2 * w, 3 * w
         self.fine = nn.Sequential(nn.Conv2d(3, w, 5, 2, 2), ResBlock(w))

@@ -9,7 +9,7 @@ __all__ = ['RowsConfig', 'WordHead', 'MllmRows', 'MllmConfig', 'MllmObjective', 
 # %% ../../nbs/mini/mllm.ipynb #50f659ab
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from ..core import Config, rng
+from ..core import Config, NonNegativeFloat, NonNegativeInt, PositiveInt, rng, Share
 from fastcore.basics import patch
 import torch
 import torch.nn as nn
@@ -74,13 +74,15 @@ class RowsConfig(Config):
     "What goes into one sequence of the multimodal model."
     dial: str = 'easy'
     # turns of each kind of question, at most: what is hard is asked more
-    each: dict = field(default_factory=lambda: dict(object=3, position=2, existence=2, colour=1, count=1))
-    captions: int = 1        # turns that describe the picture
-    edits: float = 0.25      # share of rows whose picture is the source of an edit: what will it be afterwards?
-    prompts: int = 1         # 'generate an image : ...' -> what is in it, text only
-    riddles: int = 1
-    facts: int = 1
-    reading: int = 1         # questions on a caption instead of the picture
+    each: dict[str, NonNegativeInt] = field(
+        default_factory=lambda: dict(object=3, position=2, existence=2, colour=1, count=1),
+    )
+    captions: NonNegativeInt = 1  # turns that describe the picture
+    edits: Share = 0.25           # share of rows whose picture is the source of an edit: what will it be afterwards?
+    prompts: NonNegativeInt = 1   # 'generate an image : ...' -> what is in it, text only
+    riddles: NonNegativeInt = 1
+    facts: NonNegativeInt = 1
+    reading: NonNegativeInt = 1   # questions on a caption instead of the picture
 
 # %% ../../nbs/mini/mllm.ipynb #34f0d2bf
 def _things_in_words(s) -> str:
@@ -222,13 +224,13 @@ def collate(self: MllmRows, items: list) -> dict:
 @dataclass
 class MllmConfig(Config):
     "Weights of the language model's terms."
-    answer: float = 1.0
-    caption: float = 0.5
-    text: float = 0.5
-    see: float = 1.0         # the head on image tokens
-    ground: float = 0.5      # the head on words that name a thing
-    ground_layer: int = 4    # whose hidden states it reads
-    see_until: float = 0.7   # share of the training after which both heads are off
+    answer: NonNegativeFloat = 1.0
+    caption: NonNegativeFloat = 0.5
+    text: NonNegativeFloat = 0.5
+    see: NonNegativeFloat = 1.0     # the head on image tokens
+    ground: NonNegativeFloat = 0.5  # the head on words that name a thing
+    ground_layer: PositiveInt = 4   # whose hidden states it reads
+    see_until: Share = 0.7          # share of the training after which both heads are off
 
 # %% ../../nbs/mini/mllm.ipynb #7d9c6b8d
 class MllmObjective(Objective):

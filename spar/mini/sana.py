@@ -7,6 +7,7 @@ __all__ = ['cache_latents', 'cached', 'one_scale', 'LatentCaptions', 'SanaObject
            'show_drawings']
 
 # %% ../../nbs/mini/sana.ipynb #574a7c07
+from functools import partial
 from pathlib import Path
 from ..core import atomic_path, autocast, file_hash, freeze, normal, rng, uniform
 from fastcore.basics import patch
@@ -14,7 +15,8 @@ import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import load_file, save_file
 from ..backbones.dcae import DCAE
-from ..backbones.sana import Text2Image
+from ..backbones.sana import Captions, Text2Image
+from ..backbones.words import Tokenised
 from .cells import cell_labels, CellHead
 from ..training.objective import Objective
 from ..unified.flow import flow_loss, FlowConfig, interpolate, sample, sample_sigma, velocity
@@ -120,6 +122,23 @@ class SanaObjective(Objective):
     def weights(self, progress, player='model'): return dict(flow=1., see=self.see)
 
 # %% ../../nbs/mini/sana.ipynb #22059bc5
+def _read(batch: dict, captions: Captions, seed: int, drop: float) -> dict:
+    "The ids of a batch's captions, `drop` of them empty; a function of seed and index."
+    empty = uniform((), seed, 'prompt drop', batch['index']) < drop
+    ids, mask = captions.ids(['' if e else t for e, t in zip(empty, batch['text'])])
+    return dict(caption_ids=ids, caption_mask=mask)
+
+@patch(as_prop=True)
+def read(self: SanaObjective):
+    "Batch -> the ids of its captions."
+    return partial(_read, captions=self.base.captions, seed=self.seed, drop=self.flow.drop)
+
+@patch
+def tokenised(self: SanaObjective, dataset) -> Tokenised:
+    "The dataset with batches that bring ids: texts are read where batches are made, not in the step."
+    return Tokenised(dataset, self.read)
+
+# %% ../../nbs/mini/sana.ipynb #22059bc6
 @patch
 def _read_block(self: SanaObjective, depth: int):
     "A head, and a hook that keeps what block `depth` gives."
@@ -135,9 +154,8 @@ def terms(self: SanaObjective, batch, weights, player='model'):
     with torch.no_grad():
         z = batch['latent'] if 'latent' in batch else self.dcae.encode(batch['image'])
         x0 = self.base.normalise(z)
-    drop = uniform((), self.seed, 'prompt drop', i) < self.flow.drop
-    texts = ['' if d else t for d, t in zip(drop, batch['text'])]
-    cond, mask = self.base.encode_text(texts)
+    if 'caption_ids' not in batch: batch = batch | {k: v.to(x0.device) for k, v in self.read(batch).items()}
+    cond, mask = self.base.encode_ids(batch['caption_ids'], batch['caption_mask'])
     eps = normal(x0.shape[1:], self.seed, 'noise', i).to(x0)
     sigma = sample_sigma(self.seed, i, self.flow).to(x0)
     v = velocity(self.base.transformer, interpolate(x0, eps, sigma), sigma, cond, mask)

@@ -6,7 +6,6 @@
 __all__ = ['stage_of', 'covers', 'compared', 'check_deps', 'control_steps']
 
 # %% ../../nbs/running/contract.ipynb #4e5180e5
-from pathlib import Path
 from .profiles import complete, notebook_of, yaml_file
 from ..training.notebook import import_closure
 
@@ -21,12 +20,15 @@ def covers(dep: str, path: str) -> bool:
     return path == dep or path.startswith(dep.rstrip('/') + '/')
 
 # %% ../../nbs/running/contract.ipynb #2714a5da
+_READ = {'spar/world/photos.py': 'spar/world/photographs'}    # module -> files of the package that it reads
+
 def compared(
     entry: dict,  # of dvc.yaml
-) -> tuple[list[str], list[str]]:  # (imported but in no dependency, dependencies on code that nothing imports)
+) -> tuple[list[str], list[str]]:  # (needed but in no dependency, dependencies that nothing needs)
     "The code that a stage imports against the code that it declares."
     notebook = notebook_of(stage_of(entry))
     needed = [notebook.as_posix(), *import_closure(notebook)]
+    needed += [data for module, data in _READ.items() if module in needed]
     declared = [d for d in entry['deps'] if d.startswith(('spar', 'nbs/'))]
     missing = [p for p in needed if not any(covers(d, p) for d in declared)]
     return missing, [d for d in declared if not any(covers(d, p) for p in needed)]

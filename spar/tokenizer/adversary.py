@@ -26,7 +26,7 @@ def _critic_net(width: int) -> nn.Sequential:
 
 # %% ../../nbs/method/06_adversary.ipynb #fbb37db5
 class PatchCritic(nn.Module):
-    "A patch discriminator with the running means that LeCam needs."
+    "A patch discriminator of pictures in [-1, 1], with the running means that LeCam needs."
     def __init__(
         self,
         width: int = 32,  # channels of the first layer; doubles twice
@@ -61,7 +61,7 @@ def lecam(
     critic: PatchCritic,  # holds the running means; they move when gradients are on
     real,
     fake,  # its answers
-    decay: float = 0.99,
+    decay: float = 0.999,  # of the running means, a step (ref)
 ) -> torch.Tensor:
     "Squared distance of the critic's mean answers from the running mean of the other kind."
     r, f = (_over_processes(x.float().mean()) for x in (real, fake))

@@ -7,7 +7,7 @@ __all__ = ['LatentStats', 'latent_pairs', 'channel_correlation', 'latent_correla
 
 # %% ../../nbs/method/03_latents.ipynb #ddb2c7fe
 from dataclasses import dataclass, field
-from ..core import Config
+from ..core import Config, FiniteFloat, PositiveFloat
 import torch
 from torch import nn
 
@@ -15,12 +15,12 @@ from torch import nn
 @dataclass
 class LatentStats(Config):
     "Per-channel moments, each a list of D_p numbers; empty until `Tokenizer.measure` filled them."
-    mu_f: list = field(default_factory=list)      # mean of z_f
-    sigma_f: list = field(default_factory=list)   # standard deviation of z_f
-    mu_dc: list = field(default_factory=list)     # the same of the DC-AE's own latent
-    sigma_dc: list = field(default_factory=list)
-    m: list = field(default_factory=list)         # the DiT's native latent is s (z_dc - m)
-    s: list = field(default_factory=list)
+    mu_f: list[FiniteFloat] = field(default_factory=list)       # mean of z_f
+    sigma_f: list[PositiveFloat] = field(default_factory=list)  # standard deviation of z_f
+    mu_dc: list[FiniteFloat] = field(default_factory=list)      # the same of the DC-AE's own latent
+    sigma_dc: list[PositiveFloat] = field(default_factory=list)
+    m: list[FiniteFloat] = field(default_factory=list)          # the DiT's native latent is s (z_dc - m)
+    s: list[PositiveFloat] = field(default_factory=list)
 
 # %% ../../nbs/method/03_latents.ipynb #5b491b1e
 @torch.no_grad()
@@ -28,12 +28,14 @@ def latent_pairs(
     tokenizer,  # a `Tokenizer`
     dcae: nn.Module,  # the frozen pixel autoencoder
     batches,  # of dicts with 'image' [B, 3, H, W]
-) -> tuple:  # (z_f, z_dc), each [tokens, D_p]
+    batch_size: int = 64,  # pictures that go through both encoders at once: what decides the memory, and nothing else
+) -> tuple:  # (z_f, z_dc), each [tokens, D_p], fp32 on the CPU
     "Both latents of the same pictures, token by token."
+    if batch_size < 1: raise ValueError(f'batch_size={batch_size}: at least one picture goes through at once.')
     flat = lambda z: z.float().movedim(1, -1).flatten(0, 2).cpu()
     device, f, dc = next(tokenizer.parameters()).device, [], []
-    for b in batches:
-        x = b['image'].to(device)
+    for x in (x for b in batches for x in b['image'].split(batch_size)):
+        x = x.to(device)
         f.append(flat(tokenizer.encode(x).z_f))
         dc.append(flat(dcae.encode(tokenizer.target(x))))
     return torch.cat(f), torch.cat(dc)
@@ -48,9 +50,9 @@ def channel_correlation(
     norm = (a.square().mean(0) * b.square().mean(0)).sqrt()
     return (a * b).mean(0) / norm.clamp_min(1e-12)
 
-def latent_correlation(tokenizer, dcae, batches) -> float:
-    "Mean over channels of the correlation of z_f with the DC-AE's latent."
-    return channel_correlation(*latent_pairs(tokenizer, dcae, batches)).mean().item()
+def latent_correlation(tokenizer, dcae, batches, batch_size: int = 64) -> float:
+    "Mean over channels of the correlation of z_f with the DC-AE's latent; `batch_size` as in `latent_pairs`."
+    return channel_correlation(*latent_pairs(tokenizer, dcae, batches, batch_size)).mean().item()
 
 # %% ../../nbs/method/03_latents.ipynb #4c34a05c
 def _moments(z: torch.Tensor) -> tuple:  # [tokens, D_p] -> two lists of D_p numbers

@@ -9,7 +9,7 @@ __all__ = ['Residual', 'SemanticStream', 'TransformerLayer', 'PixelStream', 'Fus
 # %% ../../nbs/method/02_streams.ipynb #5c0f5106
 import contextlib
 from dataclasses import dataclass
-from ..core import Config, one_of, seed_for
+from ..core import Config, NonNegativeFloat, NonNegativeInt, one_of, PositiveInt, seed_for
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -111,15 +111,15 @@ class Fusion(nn.Module):
 @dataclass
 class StreamsConfig(Config):
     "Shapes of the dual stream; the defaults are those of the paper's 1B model."
-    D_s: int = 896          # width of the encoder's features (the language model's hidden size)
-    D_p: int = 32           # channels of the latent (the pixel autoencoder's)
-    layers: int = 6         # transformer layers of the pixel stream
-    heads: int = 16         # attention heads of the pixel stream
-    blocks: int = 3         # residual blocks of either stream
-    semantic: str = 'full'  # 'full' | 'none' (ablation)
-    pixel: bool = True      # False: ablation without pixel stream
-    init_std: float = 0.02  # truncated normal of new weights; 0: one over the square root of the fan-in
-    start: str = 'plain'    # 'plain' | 'linear': heads and fusion begin as linear maps, residual branches at zero
+    D_s: PositiveInt = 896             # width of the encoder's features (the language model's hidden size)
+    D_p: PositiveInt = 32              # channels of the latent (the pixel autoencoder's)
+    layers: NonNegativeInt = 6         # transformer layers of the pixel stream
+    heads: PositiveInt = 16            # attention heads of the pixel stream
+    blocks: NonNegativeInt = 3         # residual blocks of either stream
+    semantic: str = 'full'             # 'full' | 'none' (ablation)
+    pixel: bool = True                 # False: ablation without pixel stream
+    init_std: NonNegativeFloat = 0.02  # truncated normal of new weights; 0: one over the square root of the fan-in
+    start: str = 'plain'  # 'plain' | 'linear': heads and fusion begin as linear maps, residual branches at zero
 
     def __post_init__(self):
         one_of(self.start, ('plain', 'linear'), 'StreamsConfig.start')

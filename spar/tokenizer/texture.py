@@ -6,6 +6,7 @@
 __all__ = ['texture', 'texture_kept', 'texture_gap']
 
 # %% ../../nbs/method/01_problem.ipynb #acc98066
+from ..core import need_finite
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,8 +23,8 @@ def texture_kept(
     x: torch.Tensor,  # [B, 3, H, W] the original
     y: torch.Tensor,  # [B, 3, H, W] its reconstruction
 ) -> float:  # 1: all; 0: none; below 0: wrong texture
-    "The share of the original's texture that the reconstruction explains."
-    a, b = texture(x.float()), texture(y.float())
+    "The share of the original's texture that the reconstruction explains; a ratio, so any range of pixels will do."
+    a, b = (texture(need_finite(v.float(), f'texture_kept, {n}')) for v, n in ((x, 'original'), (y, 'reconstruction')))
     lost = (a - b).square().sum()
     return 1 - (lost / a.square().sum().clamp_min(1e-12)).item()
 

@@ -7,7 +7,7 @@ __all__ = ['Objective', 'TrainConfig']
 
 # %% ../../nbs/training/objective.ipynb #973f6a1d
 from dataclasses import dataclass
-from ..core import Config, one_of
+from ..core import Config, Decay, NonNegativeFloat, NonNegativeInt, one_of, PositiveInt, Share
 import torch
 from torch import nn
 
@@ -40,35 +40,45 @@ class Objective(nn.Module):
 _CHOICES = dict(
     tracker=('none', 'dvclive', 'tensorboard', 'wandb'), optimizer=('adamw', 'muon'),
     precision=('auto', 'bf16', 'no'), attention=('auto', 'sdpa', 'eager'),
+    on_mismatch=('aside', 'error', 'continue'),
 )
 
 # %% ../../nbs/training/objective.ipynb #6f8dfe4b
 @dataclass
 class TrainConfig(Config):
     "How to take steps. `batch_size` is global: the learning rate never depends on the number of processes."
-    steps: int = 100
-    batch_size: int = 16          # samples a step, over all processes and accumulated micro-batches
-    accumulate: int = 1           # micro-batches a step
-    lr: float = 3e-4              # after warm-up
-    lr_end: float = 0.            # at the last step, cosine in between
-    warmup: int = 0               # steps of linear warm-up
-    weight_decay: float = 0.      # on matrices only
-    betas: tuple = (0.9, 0.999)
-    clip: float = 1.0             # largest norm of the gradient; 0: no clipping
-    optimizer: str = 'adamw'      # adamw | muon: matrices of the model move along their orthogonalised momentum
-    ema: float = 0.999            # decay after its ramp (1+t)/(10+t); 0: no EMA
-    precision: str = 'auto'       # auto | bf16 | no
-    workers: int = 0              # processes that prepare samples
-    log_every: int = 20
-    save_every: int = 200
-    look_every: int = 0           # 0: only at the end
-    minutes: float = 0.           # >0: end the chunk after so many minutes, to be continued
-    tracker: str = 'none'         # none | dvclive | tensorboard | wandb: accelerate's trackers
-    checkpointing: bool = False   # keep only the inputs of repeated blocks, compute the rest again: less memory
-    compile: bool = False         # torch.compile the repeated blocks
-    attention: str = 'auto'       # auto | sdpa | eager, of transformers' models; auto: eager on a CPU
+    steps: NonNegativeInt = 100
+    batch_size: PositiveInt = 16         # samples a step, over all processes and accumulated micro-batches
+    accumulate: PositiveInt = 1          # micro-batches a step
+    lr: NonNegativeFloat = 3e-4          # after warm-up
+    lr_end: NonNegativeFloat = 0.        # at the last step, cosine in between
+    warmup: NonNegativeInt = 0           # steps of linear warm-up
+    weight_decay: NonNegativeFloat = 0.  # on kernels only: no bias, norm, gain, table or token
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    clip: NonNegativeFloat = 1.0         # largest norm of the gradient; 0: no clipping
+    optimizer: str = 'adamw'             # adamw | muon: matrices of the model move along their orthogonalised momentum
+    muon_share: Share = 0.5              # of what trains; a 'muon' that would move less of it is an error
+    ema: Decay = 0.999                   # decay after its ramp (1+t)/(10+t); 0: no EMA
+    precision: str = 'auto'              # auto | bf16 | no
+    workers: NonNegativeInt = 0          # processes that prepare samples
+    log_every: PositiveInt = 20
+    save_every: PositiveInt = 200
+    keep_last: PositiveInt = 1           # newest checkpoints that stay
+    keep_every: NonNegativeInt = 0       # checkpoints at multiples of this step stay too; 0: none
+    on_mismatch: str = 'aside'           # aside | error | continue: a checkpoint of another configuration
+    skip_nonfinite: NonNegativeInt = 0   # steps in a row left out because a number is not finite; 0: stop at once
+    look_every: NonNegativeInt = 0       # 0: only at the end
+    minutes: NonNegativeFloat = 0.       # >0: end the chunk after so many minutes, to be continued
+    tracker: str = 'none'                # none | dvclive | tensorboard | wandb: accelerate's trackers
+    checkpointing: bool = False          # keep only the inputs of repeated blocks, compute the rest again: less memory
+    compile: bool = False                # torch.compile the repeated blocks
+    attention: str = 'auto'              # auto | sdpa | eager, of transformers' models; auto: eager on a CPU
 
     def __post_init__(self):
         for name, allowed in _CHOICES.items(): one_of(getattr(self, name), allowed, f'TrainConfig.{name}')
         if self.batch_size % self.accumulate:
             raise ValueError(f'batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}.')
+        if self.warmup > self.steps > 0:
+            raise ValueError(f'TrainConfig.warmup {self.warmup} is longer than the {self.steps} steps: set it lower.')
+        if self.lr_end > self.lr:
+            raise ValueError(f'TrainConfig.lr_end {self.lr_end} is above lr {self.lr}: the rate falls towards it.')

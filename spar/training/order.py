@@ -7,6 +7,7 @@ __all__ = ['step_indices', 'Order', 'micro_batches']
 
 # %% ../../nbs/training/order.ipynb #aa0d1510
 import math
+import signal
 from torch.utils.data import DataLoader, default_collate
 from .objective import TrainConfig
 
@@ -43,6 +44,11 @@ class Order:
     def __iter__(self): return (b for t in range(self.start, self.cfg.steps) for b in step_indices(t, self.cfg))
 
 # %% ../../nbs/training/order.ipynb #17f34b11
+def _ignore_signals(_):
+    "A scheduler's warning goes to all processes; those that prepare samples leave it to the training process."
+    for name in ('SIGTERM', 'SIGUSR1', 'SIGINT'):
+        if s := getattr(signal, name, None): signal.signal(s, signal.SIG_IGN)
+
 def micro_batches(dataset, cfg: TrainConfig, start: int, rank: int = 0, world: int = 1):
     "Collated micro-batches from step `start` on; `dataset[k]` is a pure function of `k`."
     shares = cfg.accumulate * world
@@ -54,4 +60,5 @@ def micro_batches(dataset, cfg: TrainConfig, start: int, rank: int = 0, world: i
     return DataLoader(
         dataset if world == 1 else _Share(dataset, rank, world), batch_sampler=Order(start, cfg),
         num_workers=cfg.workers, collate_fn=getattr(dataset, 'collate', None) or default_collate,
+        worker_init_fn=_ignore_signals,
     )

@@ -7,13 +7,14 @@ __all__ = ['Stage', 'save_curves', 'final_terms']
 
 # %% ../../nbs/training/stage.ipynb #08345f56
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import Config, pick_device
+from ..core import atomic_path, Config, is_first, pick_device
 import torch
 from fastcore.basics import patch
 from ..figures import save_figure
-from .checkpoints import stage_fingerprint
+from .checkpoints import stage_parts
 from .history import History
 from .loop import fit as train_loop
 from .notebook import code_cells, import_closure, profile_name
@@ -51,16 +52,30 @@ class Stage:
 
 # %% ../../nbs/training/stage.ipynb #f6894af4
 @patch
-def fingerprint(
+def parts(
     self: Stage,
     settings: dict,  # the resolved parameters that matter: all of them, as a rule
     inputs: list = (),  # files and folders the stage reads
-) -> str:
-    "One short name for parameters, code cells, modules and inputs: a checkpoint with another one is not used."
+) -> dict:
+    "All that decides the outcome, by name: parameters, modules and code cells, inputs (`stage_parts`)."
     tags = lambda c: c.get('metadata', {}).get('tags', [])
     cells = [c['source'] for c in code_cells(self.notebook) if 'parameters' not in tags(c)]
     plain = {k: v.to_dict() if isinstance(v, Config) else v for k, v in settings.items()}
-    return stage_fingerprint(plain, import_closure(self.notebook), inputs, '\n'.join(cells))
+    return stage_parts(plain, import_closure(self.notebook), inputs, '\n'.join(cells))
+
+# %% ../../nbs/training/stage.ipynb #25abeb44
+def _copied(source: Path, target: Path, again: bool):
+    "Copy the files of a folder, those that are there already only `again`; in the first process alone."
+    for p in sorted(source.glob('*')) if is_first() else []:
+        if p.is_file() and (again or not (target/p.name).exists()):
+            with atomic_path(target/p.name) as tmp: shutil.copyfile(p, tmp)
+
+def _lasting(look, kept: Path):
+    "A callback like `look` whose files, in `look.folder`, are copied to `kept` each time."
+    def called(objective, step: int):
+        look(objective, step)
+        _copied(Path(look.folder), kept, again=True)
+    return called
 
 # %% ../../nbs/training/stage.ipynb #f6894af5
 @patch
@@ -70,17 +85,19 @@ def fit(
     data,  # the training samples
     train: TrainConfig,
     seed: int,
-    settings: dict,  # of the fingerprint
-    inputs: list,  # of the fingerprint
-    look=None,  # look(objective, step): called now and then, see `TrainConfig.look_every`
+    settings: dict,  # of the parts
+    inputs: list,  # of the parts
+    look=None,  # look(objective, step): called now and then, see `TrainConfig.look_every`; may have a `folder`
     part: str = '',  # a second training of the same stage keeps its checkpoint in a folder of this name
 ) -> History:
     "Train, or continue where a checkpoint of exactly this stage ends; an error if the last step was not reached."
-    history = train_loop(objective, data, train, seed, self.run/part, self.fingerprint(settings, inputs), look)
+    run, drawing = self.run/part, hasattr(look, 'folder')
+    called = _lasting(look, run/'checkpoints/plots') if drawing else look
+    history = train_loop(objective, data, train, seed, run, self.parts(settings, inputs), called)
+    if drawing: _copied(run/'checkpoints/plots', Path(look.folder), again=False)
     if not history.finished:
-        raise RuntimeError(
-            f'paused at step {history.step} of {train.steps} (train.minutes): run the stage again, it continues.'
-        )
+        why = f'paused at step {history.step} of {train.steps} (train.minutes, or a signal)'
+        raise RuntimeError(f'{why}: run the stage again, it continues.')
     return history
 
 # %% ../../nbs/training/stage.ipynb #f6894af6

@@ -8,7 +8,7 @@ __all__ = ['AlignmentConfig', 'Head', 'match_grid', 'align_loss', 'features_of',
 # %% ../../nbs/method/11_alignment.ipynb #7d7cab92
 import contextlib
 from dataclasses import dataclass
-from ..core import Config, one_of
+from ..core import Config, one_of, PositiveInt
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -20,10 +20,10 @@ _KINDS = ('self', 'none', 'external')
 @dataclass
 class AlignmentConfig(Config):
     "Who teaches the transformer, and at which block."
-    kind: str = 'self'      # self | none | external
+    kind: str = 'self'         # self | none | external
     # features after this block, counted from 1 (6 at full scale, about a third of the depth in miniature)
-    block: int = 2
-    hidden: int = 768       # width of the head (2048 at full scale, 4 x width in miniature)
+    block: PositiveInt = 2
+    hidden: PositiveInt = 768  # width of the head (2048 at full scale, 4 x width in miniature)
 
     def __post_init__(self): one_of(self.kind, _KINDS, 'alignment kind')
 

@@ -9,7 +9,7 @@ __all__ = ['FlowConfig', 'shift_sigma', 'sample_sigma', 'interpolate', 'flow_los
 # %% ../../nbs/method/12_flow.ipynb #0a0d46af
 import contextlib
 from dataclasses import dataclass
-from ..core import Config, normal
+from ..core import check_number, Config, FiniteFloat, NonNegativeFloat, normal, PositiveFloat, PositiveInt, Share
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn, Tensor
@@ -19,12 +19,12 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 @dataclass
 class FlowConfig(Config):
     "The numbers that training and sampling share."
-    shift: float = 1.0       # time shift, used by BOTH training and sampling (SANA at full scale: 3.0)
-    mean: float = 0.0        # of the normal under the logistic
-    std: float = 1.0
-    steps: int = 20          # of the sampler
-    guidance: float = 4.5    # classifier-free guidance
-    drop: float = 0.1        # share of training prompts that are replaced by the empty one
+    shift: PositiveFloat = 1.0        # time shift, used by BOTH training and sampling (SANA at full scale: 3.0)
+    mean: FiniteFloat = 0.0           # of the normal under the logistic
+    std: NonNegativeFloat = 1.0
+    steps: PositiveInt = 20           # of the sampler
+    guidance: NonNegativeFloat = 4.5  # classifier-free guidance
+    drop: Share = 0.1                 # share of training prompts that are replaced by the empty one
 
 # %% ../../nbs/method/12_flow.ipynb #e10ec51e
 def shift_sigma(
@@ -139,6 +139,8 @@ def sample(
     callback=None,  # called with (step, x) after every step
 ) -> Tensor:  # [B, c, h, w] a clean latent
     "From noise to a latent. All randomness is in `noise`."
+    if steps is not None: check_number(steps, PositiveInt, 'steps')
+    if guidance is not None: check_number(guidance, NonNegativeFloat, 'guidance')
     g = 1.0 if uncond is None else float(cfg.guidance if guidance is None else guidance)
     tokens, mask = (cond[0], cond[1]) if g == 1 else both_conditions(cond, uncond)
     s, x = _solver(cfg, steps), noise.float()

@@ -6,6 +6,7 @@
 __all__ = ['tap_layers', 'as_bias', 'tap']
 
 # %% ../../nbs/method/08_layers.ipynb #784186fb
+from ..core import one_of
 from ..backbones.mllm import read_layers
 import torch
 from torch import nn, Tensor
@@ -31,13 +32,16 @@ def _causal_bias(
     return (full.tril() & mask[:, None, None, :].bool()) | itself
 
 # %% ../../nbs/method/08_layers.ipynb #14fc1eae
+_MASKED = ('eager', 'sdpa')     # the implementations of attention that take a mask of positions
+
 def as_bias(
     allowed: Tensor,  # [B, 1, T, T] bool
-    config,  # of the language model
+    config,  # of the attention that will read it: a language model's, or its copy's
     dtype=torch.float32,
 ) -> Tensor:
-    "Booleans for `sdpa`; else numbers to add, 0 or the smallest."
-    if config._attn_implementation == 'sdpa': return allowed
+    "Booleans for `sdpa`; for `eager`, numbers to add, 0 or the smallest. The other form would change nothing there."
+    kind = one_of(config._attn_implementation, _MASKED, 'attention of the language model')
+    if kind == 'sdpa': return allowed
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 

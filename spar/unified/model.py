@@ -6,7 +6,7 @@
 __all__ = ['UnifiedConfig', 'Unified']
 
 # %% ../../nbs/method/13_unified.ipynb #25c7767b
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..core import autocast, Config, freeze, is_first, one_of, read_config, seed_for, write_config
 import torch
@@ -14,13 +14,13 @@ from diffusers import SanaTransformer2DModel
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
-from ..backbones.folders import saved_folder
+from ..backbones.folders import check_loading, saved_folder
 from ..backbones.mllm import MLLM
 from ..backbones.perceptual import load_features
 from ..images import in_range
-from ..tokenizer.model import Tokenizer
+from ..tokenizer.model import misfits, Tokenizer
 from .alignment import Alignment, AlignmentConfig, LastMap
-from .condition import Condition, ConditionConfig
+from .condition import Condition, ConditionConfig, pass_projection_by
 from .flow import FlowConfig, sample as sample_latent, start_noise
 
 # %% ../../nbs/method/13_unified.ipynb #6e74c045
@@ -64,6 +64,15 @@ class Unified(nn.Module):
 
 # %% ../../nbs/method/13_unified.ipynb #f760723b
 @patch
+def _condition_width(self: Unified) -> int:
+    "The width of the tokens that the transformer is given; with `projection: linear` its own."
+    dit = self.transformer.config
+    if self.cfg.condition.projection == 'sana': return dit.caption_channels
+    pass_projection_by(self.transformer)
+    return dit.num_attention_heads * dit.attention_head_dim
+
+# %% ../../nbs/method/13_unified.ipynb #f760723c
+@patch
 def _add_new_parts(self: Unified, seed: int):
     "Condition and alignment head, whose weights nobody brings along."
     dit, cfg = self.transformer.config, self.cfg
@@ -71,7 +80,7 @@ def _add_new_parts(self: Unified, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, 'unified init'))
         teacher = LastMap(load_features()) if cfg.alignment.kind == 'external' else None
-        self.condition = Condition(self.mllm, dit.caption_channels, cfg.condition, seed)
+        self.condition = Condition(self.mllm, self._condition_width(), cfg.condition, seed)
         D_t = teacher.D_t if teacher else self.mllm.hidden_size
         self.alignment = Alignment(cfg.alignment, width, D_t, teacher)
 
@@ -102,11 +111,13 @@ def native(
 def targets(
     self: Unified,
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
+    teach: bool = True,  # False: L_align is off, so nothing is computed for it
 ) -> tuple:  # x0 [B, c, h, w] fp32, teacher [B, M, D_t] or None
     "x0 and f_teacher from one forward of the tokenizer."
-    seen = self.image_tokenizer.encode(images)
-    x0 = self.native(images) if self.cfg.latent == 'dcae' else self.image_tokenizer.to_dit(seen.z_f.float())
-    return x0, self.alignment.teacher(images, seen.f_v)
+    tokenizer, kind, native = self.image_tokenizer, self.alignment.cfg.kind, self.cfg.latent == 'dcae'
+    f_v = tokenizer.encoder(images) if not native or (teach and kind == 'self') else None
+    x0 = self.native(images) if native else tokenizer.to_dit(tokenizer.encoded(f_v).z_f.float())
+    return x0, self.alignment.teacher(images, f_v) if teach else None
 
 # %% ../../nbs/method/13_unified.ipynb #5ffc8f73
 @patch
@@ -158,6 +169,10 @@ def own_state(self: Unified) -> dict:
     return state | {f'alignment.{k}': v for k, v in self.alignment.state_dict().items()}
 
 # %% ../../nbs/method/13_unified.ipynb #643cb154
+def _headless(cfg: UnifiedConfig) -> UnifiedConfig:
+    "The same configuration without an alignment head, for a folder that has none."
+    return replace(cfg, alignment=replace(cfg.alignment, kind='none'))
+
 @patch
 def save_pretrained(
     self: Unified,
@@ -167,27 +182,45 @@ def save_pretrained(
     "Write the trained parts, in the first process alone."
     if not is_first(): return
     with saved_folder(folder) as tmp:
-        write_config(tmp/'config.json', self.cfg.to_dict())
+        write_config(tmp/'config.json', (self.cfg if head else _headless(self.cfg)).to_dict())
         state = {k: v for k, v in self.own_state().items() if head or not k.startswith('alignment.')}
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp / 'model.safetensors')
         self.transformer.save_pretrained(tmp / 'transformer')
 
 # %% ../../nbs/method/13_unified.ipynb #a78478d2
-_MISFIT = '{}: {} tensors differ, the first is {!r}. Was it made with another MLLM or another configuration?'
+_MISFIT = '{}: {} tensors differ: {}. Was it made with another MLLM or another configuration? '
+_CURE = 'An alignment head that differs can begin anew: stage.head: new.'
+
+def _in_head(state: dict) -> dict: return {k: v for k, v in state.items() if k.startswith('alignment.')}
 
 @patch
-def load_own(self: Unified, state: dict, where: str):
-    "Fill condition and head. A file without a head (an export), or with another kind's, leaves the new head as it is."
-    own, theirs = self.own_state(), dict(state)
-    fits = lambda k: k in own and k in theirs and own[k].shape == theirs[k].shape
-    keep = lambda k: not k.startswith('alignment.') or fits(k)
-    own, theirs = ({k: v for k, v in s.items() if keep(k)} for s in (own, theirs))
-    wrong = sorted(own.keys() ^ theirs.keys()) or sorted(k for k in own if own[k].shape != theirs[k].shape)
-    if wrong: raise ValueError(_MISFIT.format(f'{where} does not fit', len(wrong), wrong[0]))
+def load_own(
+    self: Unified,
+    state: dict,  # name -> tensor, of a file
+    where: str,  # names the file in errors
+    head: str = 'saved',  # 'new': the head stays as it was built, whatever the file holds
+):
+    "Fill condition and head; what does not fit is an error with names and shapes, what is left out is printed."
+    own, theirs, kept = self.own_state(), dict(state), one_of(head, ('saved', 'new'), 'head') == 'saved'
+    if not (kept and self.alignment.active):
+        own, theirs = ({k: v for k, v in s.items() if k not in _in_head(s)} for s in (own, theirs))
+        begun = 'begins anew' if self.alignment.active else 'is not used (alignment kind none)'
+        if self.alignment.active or _in_head(state): print(f'{where}: the alignment head {begun}.')
+    if wrong := misfits(own, theirs):
+        raise ValueError(_MISFIT.format(f'{where} does not fit', len(wrong), '; '.join(wrong[:3])) + _CURE)
     with torch.no_grad():
         for k, v in own.items(): v.copy_(theirs[k])
 
 # %% ../../nbs/method/13_unified.ipynb #1746eaff
+def _check_teacher(saved: UnifiedConfig, cfg: UnifiedConfig, head: str, where: str):
+    "A head that was trained towards another teacher is refused, even if its shapes happen to fit."
+    there, here = saved.alignment.kind, cfg.alignment.kind
+    if head == 'saved' and here not in ('none', there):
+        raise ValueError(
+            f'{where} has an alignment head of kind {there!r}, this stage asks for {here!r}: '
+            'set stage.head: new, or the same kind.'
+        )
+
 @patch(cls_method=True)
 def from_pretrained(
     cls: Unified,
@@ -195,12 +228,15 @@ def from_pretrained(
     mllm: MLLM,
     image_tokenizer: Tokenizer,
     dcae=None,
+    head: str = 'saved',  # 'new': with an alignment head that begins anew
     **changes,  # of UnifiedConfig: e.g. alignment=dict(kind='none')
 ) -> Unified:
     "Rebuild the model; errors name what is missing or does not fit."
-    folder = Path(folder)
-    cfg = UnifiedConfig.from_dict(read_config(folder/'config.json') | changes)
-    dit = SanaTransformer2DModel.from_pretrained(folder / 'transformer')
+    folder, saved = Path(folder), read_config(Path(folder)/'config.json')
+    cfg = UnifiedConfig.from_dict(saved | changes)
+    _check_teacher(UnifiedConfig.from_dict(saved), cfg, head, str(folder))
+    dit, info = SanaTransformer2DModel.from_pretrained(folder / 'transformer', output_loading_info=True)
+    check_loading(info, folder / 'transformer', 'transformer')
     model = cls(mllm, image_tokenizer, dit, cfg, dcae)
-    model.load_own(load_file(folder / 'model.safetensors'), str(folder))
+    model.load_own(load_file(folder / 'model.safetensors'), str(folder), head)
     return freeze(model)

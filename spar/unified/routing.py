@@ -8,7 +8,7 @@ __all__ = ['RoutingConfig', 'Gate', 'Routing', 'Routed', 'shares']
 # %% ../../nbs/method/09_routing.ipynb #283e8250
 from dataclasses import dataclass
 from typing import NamedTuple
-from ..core import Config, one_of
+from ..core import Config, FiniteFloat, one_of, PositiveFloat, PositiveInt
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -19,12 +19,12 @@ _VARIANTS = ('dtr', 'last', 'mean', 'concat', 'learned')
 @dataclass
 class RoutingConfig(Config):
     "How K states become one."
-    variant: str = 'dtr'        # dtr | last | mean | concat | learned
-    K: int = 4                  # layers read
-    tau: float = 1.0            # temperature of the softmax
-    raw: bool = False           # read raw residual streams instead of normed states
-    init: str = 'last'          # 'last': start near the last-layer baseline; 'plain': library init
-    favour: float = 3.0         # with init 'last': the logit by which layer L leads at the start; 0: all layers alike
+    variant: str = 'dtr'       # dtr | last | mean | concat | learned
+    K: PositiveInt = 4         # layers read
+    tau: PositiveFloat = 1.0   # temperature of the softmax
+    raw: bool = False          # read raw residual streams instead of normed states
+    init: str = 'last'         # 'last': start near the last-layer baseline; 'plain': library init
+    favour: FiniteFloat = 3.0  # with init 'last': the logit by which layer L leads at the start; 0: all layers alike
 
     def __post_init__(self):
         one_of(self.variant, _VARIANTS, 'routing variant')

@@ -6,21 +6,37 @@
 __all__ = ['StageConfig', 'UnifiedObjective', 'validate', 'Watch']
 
 # %% ../../nbs/method/14_unified_stages.ipynb #427542c0
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from ..core import Config, normal, one_of, uniform
+from ..core import Config, NonNegativeFloat, normal, one_of, uniform
 import torch
 from fastcore.basics import patch
+from ..backbones.words import Tokenised
 from ..figures import picture_grid, save_figure
 from ..training.loop import to_device
 from ..training.objective import Objective
 from .alignment import features_of
+from .condition import Sequence, sequence, with_reference
 from .flow import flow_loss, interpolate, sample_sigma, velocity
 from .model import Unified
 
 # %% ../../nbs/method/14_unified_stages.ipynb #a047177e
 _STAGES = ('connector', 'joint', 'sft')
 
+def _projection(model: Unified) -> tuple[list, list]:
+    "Parameters of the conditional projection, and of SANA's own where it is passed by."
+    dit, norm = model.transformer, [*model.transformer.caption_norm.parameters()]
+    sanas = [*dit.caption_projection.parameters()]
+    if model.cfg.condition.projection == 'sana': return sanas + norm, []
+    return [*model.condition.connector.project.parameters()] + norm, sanas
+
+def _without(params, known: list) -> list:
+    "Parameters that are not in another list."
+    seen = {id(p) for p in known}
+    return [p for p in params if id(p) not in seen]
+
+# %% ../../nbs/method/14_unified_stages.ipynb #a047177f
 @patch
 def trained(
     self: Unified,
@@ -28,12 +44,11 @@ def trained(
 ) -> dict:  # name -> list of parameters
     "The groups of parameters that this stage trains."
     one_of(stage, _STAGES, 'unified stage')
-    dit, c = self.transformer, self.condition
-    groups = dict(queries=[c.queries], routing=[*c.routing.parameters()], connector=[*c.connector.parameters()],
-                  projection=[*dit.caption_projection.parameters(), *dit.caption_norm.parameters()])
+    c, (projection, idle) = self.condition, _projection(self)
+    groups = dict(queries=[c.queries], routing=[*c.routing.parameters()],
+                  connector=_without(c.connector.parameters(), projection), projection=projection)
     if stage == 'connector': return groups
-    known = {id(p) for p in groups['projection']}
-    groups['transformer'] = [p for p in dit.parameters() if id(p) not in known]
+    groups['transformer'] = _without(self.transformer.parameters(), projection + idle)
     if self.alignment.active: groups['head'] = [*self.alignment.head.parameters()]
     return groups
 
@@ -51,11 +66,19 @@ def set_stage(self: Unified, stage: str) -> dict:
 @dataclass
 class StageConfig(Config):
     "What a training stage of the unified model sets."
-    stage: str = 'connector'        # connector | joint | sft
-    lambda_a: float = 0.5           # weight of L_align in stages II and III
-    lr_transformer: float = 1.0     # learning rate of the transformer's body, relative to the rest
+    stage: str = 'connector'                # connector | joint | sft
+    lambda_a: NonNegativeFloat = 0.5        # weight of L_align in stages II and III
+    lr_transformer: NonNegativeFloat = 1.0  # learning rate of the transformer's body, relative to the rest
+    head: str = 'saved'                     # saved | new: where stages II and III have the alignment head from
 
-    def __post_init__(self): one_of(self.stage, _STAGES, 'unified stage')
+    def __post_init__(self):
+        one_of(self.stage, _STAGES, 'unified stage')
+        one_of(self.head, ('saved', 'new'), 'StageConfig.head')
+        default = {f.name: f.default for f in fields(self) if f.name != 'stage'}
+        idle = [k for k, v in default.items() if getattr(self, k) != v and self.stage == 'connector']
+        if idle:
+            raise ValueError(f'StageConfig: {", ".join(idle)} has no effect in stage connector, which trains neither '
+                             f'transformer nor head. Leave it out; the defaults are {default}.')
 
 # %% ../../nbs/method/14_unified_stages.ipynb #adfdbb79
 class UnifiedObjective(Objective):
@@ -69,6 +92,8 @@ class UnifiedObjective(Objective):
         super().__init__()
         self.model, self.cfg, self.seed = model, cfg or StageConfig(), seed
         self.groups = model.set_stage(self.cfg.stage)
+        if self.cfg.lambda_a not in (0, StageConfig.lambda_a) and 'head' not in self.groups:
+            raise ValueError(f'lambda_a={self.cfg.lambda_a} without an alignment head has no effect: leave it out.')
 
     def players(self):
         scale = lambda name: self.cfg.lr_transformer if name == 'transformer' else 1.0
@@ -79,11 +104,15 @@ class UnifiedObjective(Objective):
         return dict(L_fm=1.0, L_align=align)
 
 # %% ../../nbs/method/14_unified_stages.ipynb #fe877423
+def _dropped(batch: dict, seed: int, share: float) -> list[str]:
+    "The batch's texts, `share` of them empty; a function of seed and index."
+    drop = uniform((), seed, 'prompt drop', batch['index'].tolist()) < share
+    return ['' if d else t for d, t in zip(drop.tolist(), batch['text'])]
+
 @patch
 def prompts(self: UnifiedObjective, batch: dict) -> list[str]:
     "The batch's texts, one in ten of them empty."
-    drop = uniform((), self.seed, 'prompt drop', batch['index'].tolist()) < self.model.cfg.flow.drop
-    return ['' if d else t for d, t in zip(drop.tolist(), batch['text'])]
+    return _dropped(batch, self.seed, self.model.cfg.flow.drop)
 
 @patch
 def reference(self: UnifiedObjective, batch: dict) -> torch.Tensor | None:
@@ -91,22 +120,49 @@ def reference(self: UnifiedObjective, batch: dict) -> torch.Tensor | None:
     if 'source' not in batch: return None
     with torch.no_grad(): return self.model.image_tokenizer.encoder(batch['source'])
 
+# %% ../../nbs/method/14_unified_stages.ipynb #fe877425
+def _read(
+    batch: dict,
+    chat,  # the MLLM's words (`MLLM.chat`)
+    Q: int,  # queries
+    seed: int,  # of the drops
+    drop: float,  # share of prompts that become the empty one
+) -> dict:
+    "The ids of a batch's prompts, and which of them are tokens."
+    s = sequence(chat, _dropped(batch, seed, drop), Q, editing='source' in batch)
+    return dict(prompt_ids=s.ids, prompt_mask=s.mask)
+
+@patch
+def tokenised(self: UnifiedObjective, dataset) -> Tokenised:
+    "The dataset with batches that bring `prompt_ids` and `prompt_mask`."
+    cfg, chat = self.model.cfg, self.model.mllm.chat
+    given = dict(chat=chat, Q=cfg.condition.queries, seed=self.seed, drop=cfg.flow.drop)
+    return Tokenised(dataset, partial(_read, **given))
+
+# %% ../../nbs/method/14_unified_stages.ipynb #fe877426
+@patch
+def words(self: UnifiedObjective, batch: dict) -> list[str] | Sequence:
+    "The ids that a batch brings; of one that was made by hand, its texts."
+    if 'prompt_ids' not in batch: return self.prompts(batch)
+    Q, token = self.model.cfg.condition.queries, self.model.mllm.image_token
+    return with_reference(batch['prompt_ids'], batch['prompt_mask'], token, Q)
+
 # %% ../../nbs/method/14_unified_stages.ipynb #42447a3e
 @patch
 def terms(self: UnifiedObjective, batch: dict, weights: dict, player: str = 'model') -> dict:
-    "Unweighted L_fm and L_align of a batch, those of them that `weights` names."
-    m, index = self.model, batch['index'].tolist()
-    x0, teacher = m.targets(batch['image'])
+    "Unweighted L_fm and L_align of a batch, those of them that have a weight."
+    m, index, wanted = self.model, batch['index'].tolist(), [k for k, w in weights.items() if w]
+    x0, teacher = m.targets(batch['image'], teach='L_align' in wanted)
     eps = normal(x0.shape[1:], self.seed, 'noise', index).to(x0)
     sigma = sample_sigma(self.seed, index, m.cfg.flow).to(x0)
-    cond = m.condition(self.prompts(batch), self.reference(batch))
+    cond = m.condition(self.words(batch), self.reference(batch))
     with features_of(m.transformer, m.cfg.alignment.block) as seen:
         v = velocity(m.transformer, interpolate(x0, eps, sigma), sigma, cond.tokens, cond.mask)
     term = dict(
         L_fm=lambda: flow_loss(v, x0, eps),
         L_align=lambda: m.alignment.loss(seen[0], teacher, x0.shape[-2:]),
     )
-    return {k: term[k]() for k in weights}
+    return {k: term[k]() for k in wanted}
 
 # %% ../../nbs/method/14_unified_stages.ipynb #5c930e6b
 @torch.no_grad()
@@ -118,9 +174,9 @@ def validate(
     seed: int = 0,  # of noise and times, whatever the stage's own seed
 ) -> dict:  # term -> mean over the samples
     "Mean terms on fixed samples."
-    collate = getattr(dataset, 'collate', None) or torch.utils.data.default_collate
     weights = {k: w for k, w in objective.weights(1.).items() if w}
     own, objective.seed, total = objective.seed, seed, dict.fromkeys(weights, 0.)
+    collate = objective.tokenised(dataset).collate      # its drops are those of `seed`
     for at in range(0, n, batch_size):
         samples = [dataset[k] for k in range(at, min(at + batch_size, n))]
         batch = to_device(collate(samples), objective.model.device)

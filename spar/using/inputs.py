@@ -30,6 +30,7 @@ def plain_text(t: str) -> str:
     "The text without what has no width, with plain spaces."
     return ''.join(' ' if unicodedata.category(c) == 'Zs' else c for c in t.translate(_UNSEEN))
 
+# %% ../../nbs/using/inputs.ipynb #e5ad5e57
 def _check_text(t, what: str):
     "A TypeError or ValueError for what no tokenizer has to see."
     if not isinstance(t, str): raise TypeError(f'{what}: expected text, got {type(t).__name__}.')
@@ -67,6 +68,7 @@ def singles(images) -> list:
         single += list(x) if batch else [x]
     return single
 
+# %% ../../nbs/using/inputs.ipynb #f9f39bb8
 def pictures_of(
     images,  # one or a list of what `read_image` reads; or arrays [B, H, W, C], tensors [B, C, H, W]
     side: int,  # pixels

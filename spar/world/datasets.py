@@ -6,10 +6,10 @@
 __all__ = ['as_image', 'Endless', 'SceneImages', 'PhotoCrops', 'Mixture', 'TensorCache']
 
 # %% ../../nbs/world/datasets.ipynb #484a7077
-from ..core import one_of, rng, to_unit
+from ..core import check_number, NonNegativeFloat, one_of, rng, to_unit
 import torch
 from torch.utils.data import default_collate
-from .photos import crop
+from .photos import crop, photograph_of
 from .scenes import render, scene
 
 # %% ../../nbs/world/datasets.ipynb #7e9f500a
@@ -43,10 +43,14 @@ class SceneImages(Endless):
 class PhotoCrops(Endless):
     "`image`: crops of photographs."
     def __getitem__(self, k): return dict(image=as_image(crop(self.seed, self.split, k)), index=k)
+    def source(self, k: int) -> str:
+        "The photograph that crop k shows."
+        return photograph_of(self.split, k)
 
 # %% ../../nbs/world/datasets.ipynb #bab282ac
 def _weighted(parts: dict) -> tuple[list, list, list]:
     "Names, datasets and shares (they sum to 1) of the parts whose weight is positive."
+    for n, (_, w) in parts.items(): check_number(w, NonNegativeFloat, f'Mixture, weight of {n!r}')
     used = {n: (d, w) for n, (d, w) in parts.items() if w > 0}
     if not used: raise ValueError('Mixture: every part has weight 0; give at least one a positive weight.')
     total = sum(w for _, w in used.values())

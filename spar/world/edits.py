@@ -11,8 +11,8 @@ from ..core import one_of, rng
 import numpy as np
 from .captions import article, groups, thing_text
 from spar.world.scenes import (
-    Background, boxes, coverage, Dial, DIALS, fits, Glyph, HELD_OUT, meaning, render, Scene, scene, SIDE,
-    split_of, STYLES, survives_grey,
+    Background, boxes, coverage, Dial, DIALS, draw_name, fits, Glyph, HELD_OUT, meaning, render, Scene, scene,
+    shows_held_out, SIDE, split_of, STYLES, survives_grey,
 )
 
 # %% ../../nbs/world/edits.ipynb #fc342a2d
@@ -154,9 +154,9 @@ def _ambiguous(kind: str, s: Scene) -> bool:
     return kind == 'action' and s.glyphs[0].name in SYMMETRIC
 
 def _admissible(source: Scene, target: Scene, split: str) -> bool:
-    "Does the edit change something that can be seen, and does training show only training scenes?"
-    shown = {split_of(meaning(s)) for s in (source, target)}
-    if split == 'train' and shown != {'train'}: return False
+    "Does the edit change something that can be seen, and does it show nothing that belongs to another split?"
+    for s in (source, target):
+        if split_of(meaning(s)) not in (split, 'train') or shows_held_out(s): return False
     if target.style == 'grey':
         if not survives_grey(target): return False
         change = np.abs(render(source).astype(int) - render(target))
@@ -174,7 +174,7 @@ def edit(
     "Edit number `index` of a kind: source and target differ in what the instruction says and in nothing else."
     d, many = DIALS[dial], _EDIT_THINGS[one_of(kind, EDIT_KINDS, 'edit')]
     for attempt in range(1000):
-        g = rng(seed, f'edit/{kind}/{split}/{attempt}', index)
+        g = rng(seed, f'edit/{kind}/{draw_name(split)}/{attempt}', index)
         number = int(g.integers(2**31))
         s = scene(seed, split, number, dial, n=many[g.integers(len(many))])
         if _ambiguous(kind, s): continue

@@ -36,6 +36,6 @@ def shown_pictures(
     scenes: int = 8,
     photos: int = 4,
 ) -> torch.Tensor:  # [scenes + photos, 3, 64, 64] in [-1, 1]
-    "The first scenes and photograph crops of the test split, for pictures beside the numbers."
-    sets = (SceneImages(seed=seed, split='test', dial=dial), scenes), (PhotoCrops(seed=seed, split='test'), photos)
+    "The first scenes and photograph crops of the validation split, for pictures beside the numbers."
+    sets = (SceneImages(seed=seed, split='val', dial=dial), scenes), (PhotoCrops(seed=seed, split='val'), photos)
     return torch.cat([data.batch(range(n))['image'] for data, n in sets])

@@ -9,7 +9,9 @@ __all__ = ['QUESTION_KINDS', 'CHANCE', 'Question', 'questions', 'exam', 'pair']
 from dataclasses import dataclass, replace
 from ..core import one_of, rng
 from .captions import NUMBERS, plural, thing_text
-from .scenes import axis_of, Dial, DIALS, draw_thing, Glyph, HELD_OUT, meaning, Scene, scene, split_of
+from spar.world.scenes import (
+    axis_of, Dial, DIALS, draw_name, draw_thing, Glyph, HELD_OUT, meaning, Scene, scene, split_of,
+)
 
 # %% ../../nbs/world/questions.ipynb #30ca5b3c
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def exam(
     wanted = answers[index % len(answers)]
     least = NUMBERS.index(wanted) if kind == 'count' else 2 if kind == 'position' else None
     for attempt in range(10000):
-        g = rng(seed, f'exam/{kind}/{split}/{attempt}', index)
+        g = rng(seed, f'exam/{kind}/{draw_name(split)}/{attempt}', index)
         number = int(g.integers(2**31))
         s = scene(seed, split, number, dial, n=_how_many(g, least))
         q = _ASK[kind](s, g, d)
@@ -147,9 +149,9 @@ def _ask_both(kind: str, a: Scene, b: Scene, g, d: Dial) -> list[Question] | Non
     return [Question('colour', text, s.glyphs[0].colour) for s in (a, b)]
 
 # %% ../../nbs/world/questions.ipynb #8e14b0e3
-def pair(seed: int, index: int, split: str = 'test', dial: str = 'easy') -> list[tuple[Scene, Question]]:
+def pair(seed: int, index: int, split: str = 'val', dial: str = 'easy') -> list[tuple[Scene, Question]]:
     "Two scenes that differ in one colour, one object or in who stands where; the same question; two answers."
-    d, g = DIALS[dial], rng(seed, f'pair/{split}', index)
+    d, g = DIALS[dial], rng(seed, f'pair/{draw_name(split)}', index)
     kind = ('colour', 'object', 'position')[index % 3]
     for attempt in range(1000):
         number = index * 1000 + attempt

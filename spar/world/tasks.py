@@ -6,7 +6,7 @@
 __all__ = ['SceneCaptions', 'Questions', 'Riddles', 'Edits']
 
 # %% ../../nbs/world/tasks.ipynb #199ec1e7
-from ..core import rng
+from ..core import check_number, rng, Share
 from .captions import caption, colourless
 from .datasets import as_image, Endless
 from .edits import edit, EDIT_KINDS
@@ -23,7 +23,7 @@ class SceneCaptions(Endless):
         **kw,                   # of `Endless`
     ):
         super().__init__(*args, **kw)
-        self.twos = twos
+        self.twos = check_number(twos, Share, 'SceneCaptions.twos')
     def scene(self, k):
         extra = self.twos and rng(self.seed, 'twos', k).random() < self.twos
         options = self.options | (dict(n=2) if extra else {})

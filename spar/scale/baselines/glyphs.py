@@ -15,7 +15,9 @@ from ...backbones.perceptual import load_features, load_lpips
 from ...evaluation.systems import in_precision
 from ...evaluation.tables import protocol as mini_protocol
 from ...evaluation.editing import edits, imgedit_mini, run_edits
-from ...evaluation.generation import geneval_mini, geneval_prompts, run_prompts, wise_mini, wise_prompts
+from spar.evaluation.generation import (
+    geneval_mini, geneval_prompts, run_prompts, shared_asks, wise_mini, wise_prompts,
+)
 from ...evaluation.metrics import clean
 from ...evaluation.reconstruction import reconstruction_mini
 from ...evaluation.understanding import question_set, understanding_mini
@@ -23,6 +25,7 @@ from ...images import from_pil, to_pil
 from ...mini.judge import Judge
 from ..benchmarks.run import open_run, published_protocol
 from ...world.datasets import PhotoCrops, SceneImages
+from ...world.scenes import draw_name
 
 # %% ../../../nbs/scale/baselines/glyphs.ipynb #55c4eebf
 @dataclass
@@ -73,8 +76,8 @@ def reconstruction_on_mini(system, o, c: Context) -> dict:
     "PSNR, SSIM, perceptual distance and FID of scenes; PSNR of photographs."
     lpips = load_lpips(c.bases/'lpips')
     facts = _mini_facts(
-        'reconstruction-mini', glyphs=o.glyphs, photos=o.photos, dial=o.dial, side=64, rounding='8 bit',
-        ssim='gaussian 11, range 1', fid='efflite0 against the same pictures', lpips=lpips.name,
+        'reconstruction-mini', glyphs=o.glyphs, photos=o.photos, dial=o.dial, split=draw_name('test'), side=64,
+        rounding='8 bit', ssim='gaussian 11, range 1', fid='efflite0 against the same pictures', lpips=lpips.name,
         seed=c.sampling['seed'],
     )
     return _measured_once(c, facts, lambda: _reconstruct_mini(system, o, c, lpips))
@@ -83,11 +86,11 @@ def reconstruction_on_mini(system, o, c: Context) -> dict:
 def understanding_on_mini(system, o, c: Context) -> dict:
     "Exact words, mean of seven kinds."
     seed = c.sampling['seed']
-    asked = question_set(seed, o.questions, o.pairs, o.riddles, o.dial)
+    asked = question_set(seed, o.questions, o.pairs, o.riddles, o.dial, 'test')
     facts = _mini_facts(
         'understanding-mini', [a.question for a in asked],
         score='exact word, pairs per pair, overall = mean of seven kinds',
-        chance='commonest answer to each form of question', seed=seed,
+        chance='commonest answer to each form of question', split=draw_name('test'), seed=seed,
     )
     def answer(images, questions): return system(None if images is None else to_pil(images), questions)
     return _measured_once(c, facts, lambda: understanding_mini(answer, asked, c.batch_size, seed))
@@ -97,7 +100,7 @@ def _sampling_facts(c: Context, o) -> dict:
     "The part of a drawing protocol that all share: judge, steps, guidance, seed."
     steps, guidance, seed = (c.sampling[k] for k in ('steps', 'guidance', 'seed'))
     judge = file_hash(c.bases/'judge')[:12]
-    return dict(judge=judge, steps=steps, guidance=guidance, precision=o.precision, seed=seed)
+    return dict(judge=judge, steps=steps, guidance=guidance, precision=o.precision, split=draw_name('test'), seed=seed)
 
 def _draw_prompts(system, prompts, o, c: Context, *more):
     "What the judge sees in `o.images` pictures a prompt."
@@ -109,10 +112,10 @@ def _draw_prompts(system, prompts, o, c: Context, *more):
 def generation_on_mini(system, o, c: Context) -> dict:
     "Six tasks, mean of the task means."
     seed = c.sampling['seed']
-    prompts = geneval_prompts(seed, o.prompts, False, o.dial)
+    prompts = geneval_prompts(seed, o.prompts, False, o.dial, 'test')
     facts = _mini_facts(
         'geneval-mini', [p.text for p in prompts], images=o.images, **_sampling_facts(c, o),
-        overall='mean of task means over images',
+        overall='mean of task means over images', shared=shared_asks(False, o.dial),
     )
     return _measured_once(c, facts, lambda: geneval_mini(_draw_prompts(system, prompts, o, c), seed))
 
@@ -120,7 +123,7 @@ def generation_on_mini(system, o, c: Context) -> dict:
 def riddles_on_mini(system, o, c: Context) -> dict:
     "Riddles of six kinds, WISE's weights."
     seed = c.sampling['seed']
-    prompts = wise_prompts(seed, o.prompts)
+    prompts = wise_prompts(seed, o.prompts, 'test')
     facts = _mini_facts(
         'wise-mini', [p.text for p in prompts], images=o.images, **_sampling_facts(c, o),
         overall='WISE weights 0.4/0.167/0.133/0.1/0.1/0.1',

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from ...core import atomic_path, file_hash, one_of, pick_device, write_json
 import torch
-from ...evaluation.tables import markdown_table
+from ...evaluation.tables import heading, markdown_table
 from ...images import read_image
 from .adapters import Lazy, system_of
 from spar.scale.baselines.glyphs import (
@@ -172,11 +172,11 @@ def checked(params: dict) -> SimpleNamespace:
     "Settings with every line of `benchmarks` and `baselines` checked; nothing is loaded."
     for key in params: one_of(key, PARAMS, 'params')
     p = SimpleNamespace(**PARAMS | params)
-    p.benchmarks = [_benchmark(l) for l in p.benchmarks]
+    p.benchmarks = [_benchmark(b) for b in p.benchmarks]
     names = [n for n, _ in p.benchmarks]
     tasks = dict.fromkeys(BENCHMARKS[n].task for n in names)
     own = [Baseline('SPAR', t, OWN_CLASS, path=p.spar) for t in tasks if p.spar]
-    p.systems = own + [baseline(l) for l in p.baselines]
+    p.systems = own + [baseline(b) for b in p.baselines]
     _check_systems(p.systems, names)
     return p
 
@@ -231,8 +231,9 @@ def _columns_of(r: dict, ids: list[str]) -> dict:      # title -> where the numb
     name, i = r['benchmark'], r['result']['protocol']['id']
     mark = f' ({"abcdefghijklmnop"[ids.index(i)]})' if len(ids) > 1 else ''
     shown, task = BENCHMARKS[name].shown, BENCHMARKS[name].task
+    title = lambda metric: f'{name} {heading(metric, [r["result"]])}'
     return {
-        f'{name} {metric} {better}{mark}': dict(benchmark=name, metric=metric, protocol=i, task=task)
+        f'{title(metric)} {better}{mark}': dict(benchmark=name, metric=metric, protocol=i, task=task)
         for metric, better in shown.items() if metric in r['result']
     }
 

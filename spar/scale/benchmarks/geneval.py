@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from PIL import Image
+from ...backbones.folders import load_whole
 from ...evaluation.metrics import bootstrap_tasks
 from .judges import JudgeQuestion, Reply, versions
 from spar.scale.benchmarks.run import (
@@ -124,7 +125,7 @@ class GenEvalJudge:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
         self.device = torch.device(device or pick_device())
         self.names, self.texts = names, {}
-        load = lambda cls, path: cls.from_pretrained(path).to(self.device).eval()
+        load = lambda cls, path: load_whole(cls, path, 'geneval-hf').to(self.device).eval()
         self.detector, self.clip = load(Mask2FormerForUniversalSegmentation, detector), load(CLIPModel, clip)
         self.detector_input, self.clip_input = map(AutoImageProcessor.from_pretrained, (detector, clip))
         self.tokenizer = AutoTokenizer.from_pretrained(clip)

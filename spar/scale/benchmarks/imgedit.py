@@ -53,12 +53,13 @@ def parse_imgedit(text: str) -> list | None:   # three grades, as given
 # %% ../../../nbs/scale/benchmarks/imgedit.ipynb #b5fbc9d3
 def imgedit_result(items: list, scores: dict, seed: int = 0) -> dict:
     "Types and their mean; per edit the mean of its three grades."
-    kinds, raw, lowered = defaultdict(list), defaultdict(list), 0
+    kinds, raw, sources, lowered = defaultdict(list), defaultdict(list), defaultdict(list), 0
     for i in items:
         if (s := scores[i['id']]) is None: continue
         capped = [s[0], min(s[:2]), min(s[0], s[2])]
         lowered += capped != s
         kinds[i['kind']].append(float(np.mean(capped)))
+        sources[i['kind']].append(i.get('source', i['id']))
         raw[i['kind']].append(float(np.mean(s)))
     if empty := {i['kind'] for i in items} - kinds.keys():
         raise ValueError(
@@ -67,7 +68,7 @@ def imgedit_result(items: list, scores: dict, seed: int = 0) -> dict:
     means, given = ({k: float(np.mean(v)) for k, v in x.items()} for x in (kinds, raw))
     return dict(
         overall=float(np.mean(list(means.values()))),
-        overall_ci=bootstrap_tasks(dict(kinds), seed),
+        overall_ci=bootstrap_tasks(dict(kinds), seed, sources=sources),
         overall_as_given=float(np.mean(list(given.values()))),
         lowered=lowered,
         **means,

@@ -26,6 +26,7 @@ from ...core import file_hash, pick_device
 import torch
 from fastcore.basics import patch
 from PIL import Image
+from ...backbones.folders import load_whole
 
 # %% ../../../nbs/scale/benchmarks/judges.ipynb #da750a7a
 def versions(*packages: str) -> dict:
@@ -228,7 +229,8 @@ class LocalJudge:
         if not (Path(folder)/'config.json').is_file():
             raise FileNotFoundError(f'{folder} holds no model: config.json is missing.')
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.hf = AutoModelForImageTextToText.from_pretrained(folder, dtype='auto').to(device or pick_device()).eval()
+        hf = load_whole(AutoModelForImageTextToText, folder, 'judge', dtype='auto')
+        self.hf = hf.to(device or pick_device()).eval()
         self.max_new_tokens, self.lock, self.failed = max_new_tokens, threading.Lock(), Counter()
         identity = dict(model=Path(folder).name, sha256=file_hash(folder), **versions('transformers'))
         self.facts = dict(kind='local', temperature=0, **identity)

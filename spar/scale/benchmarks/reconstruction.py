@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from ...backbones.perceptual import PerceptualVGG, trusted_tensors
-from ...evaluation.metrics import clean, fid, psnr, ssims
+from ...evaluation.metrics import clean, fid, rank_only, psnr, ssims
 from .judges import versions
 from .run import all_finite, open_run, published_protocol, write_result, written
 
@@ -140,6 +140,8 @@ def _reconstruction_result(shards: list, facts: dict, system: dict, out, least: 
     numbers = dict(means, pictures=len(columns['psnr']))
     if real is not None:
         numbers['rfid_inception'] = fid(real, fake, least) if len(real) >= least else None
+        numbers['rank_only'] = rank_only(*real.shape)
+        if numbers['rank_only']: print('rfid_inception: {} pictures in {} dimensions, rank only.'.format(*real.shape))
     full = clean(numbers) | dict(protocol=facts, system=system)
     write_result(Path(out)/'result.json', full)
     return full

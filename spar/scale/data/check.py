@@ -14,21 +14,23 @@ from itertools import islice
 from pathlib import Path
 from ...core import atomic_path, one_of, to_uint8, write_json
 from PIL import Image
-from webdataset import TarWriter
-from .exclude import Exclude, words_only
-from .sample import Broken, FORMATS, picture, TASKS
+from .exclude import Exclude
+from .files import stamp
+from .sample import Broken, ending_of, picture, TASKS
+from .shards import write_tar
 from .sources import COUNTS, open_source, raw_sample, Source, SourceConfig
+from .texts import printable, TextLimit, words_only
 from ...world.datasets import PhotoCrops, SceneImages
 from ...world.tasks import Edits, SceneCaptions
 
 # %% ../../../nbs/scale/data/check.ipynb #943b1bb2
 class _Tally:
     "What `examine` counts while it reads."
-    def __init__(self, exclude):
-        self.exclude, self.broken, self.named = exclude, Counter(), []
-        self.bytes, self.sizes, self.words = [], [], []
+    def __init__(self, exclude, limit: TextLimit):
+        self.exclude, self.limit, self.broken, self.named = exclude, limit, Counter(), []
+        self.bytes, self.sizes, self.words, self.tokens = [], [], [], []
         self.pictures, self.texts = Counter(), Counter()
-        self.excluded = self.unlike = 0
+        self.excluded = self.unlike = self.cut = 0
 
     def add(self, raw: dict, images: dict):
         "A good sample: its fields, and its pictures as they were decoded."
@@ -38,6 +40,9 @@ class _Tally:
         self.unlike += len({round(im.width / im.height, 2) for im in images.values()}) > 1
         self.pictures[tuple(hashlib.sha256(v).digest() for v in files)] += 1
         self.words += [len(t.split()) for t in texts]
+        limited = [self.limit(t) for t in texts]
+        self.tokens += [n for _, n, _ in limited]
+        self.cut += sum(cut for _, _, cut in limited)
         self.texts.update(map(words_only, texts))
         self.excluded += bool(self.exclude and texts and all(map(self.exclude, texts)))
 
@@ -56,6 +61,11 @@ def _summary(tally: _Tally) -> dict:
         height=_spread(h for _, h in tally.sizes),
         bytes=_spread(tally.bytes),
         words=_spread(tally.words),
+        tokens=_spread(tally.tokens),
+        cut_texts=tally.cut,
+        max_tokens=tally.limit.max_tokens,
+        max_words=tally.limit.max_words,
+        counted_by='tokenizer' if tally.limit.tokenizer else 'stand-in',
         duplicate_pictures=_repeats(tally.pictures),
         duplicate_texts=_repeats(tally.texts),
         excluded=tally.excluded,
@@ -78,17 +88,18 @@ def examine(
     n: int = 1000,  # rows to read; 0: all
     exclude: Exclude = None,
     source: Source = None,  # if it is open already
+    limit: TextLimit = None,  # of the texts; None: 1 024 tokens
 ) -> dict:
     "What a source is like, from `n` of its rows: plain numbers and names."
     source = source or open_source(cfg)
-    rows, tally = _even_rows(len(source), n), _Tally(exclude)
+    rows, tally = _even_rows(len(source), n), _Tally(exclude, limit or TextLimit())
     for r in rows:
         try: _, raw, images = _sample_and_images(source, cfg, r)
         except Broken as e:
             tally.broken[e.kind] += 1
             tally.named.append(str(e))
         else: tally.add(raw, images)
-    about = dict(kind=type(source).__name__.lower(), task=cfg.task, rows=len(source), parts=len(source.parts))
+    about = dict(kind=source.kind, task=cfg.task, rows=len(source), parts=len(source.parts))
     about |= dict(looked_at=len(rows), good=sum(tally.pictures.values()), broken=dict(tally.broken))
     return about | dict(faults=source.faults, named=tally.named) | _summary(tally)
 
@@ -105,6 +116,8 @@ _LINES = {
     'height': lambda r: _three(r['height']),
     'bytes of a picture': lambda r: _three(r['bytes']),
     'words of a text': lambda r: _three(r['words']),
+    'tokens of a text': lambda r: _three(r['tokens']) + (' (stand-in)' if r['counted_by'] == 'stand-in' else ''),
+    'texts that are cut': lambda r: f"{r['cut_texts']} (max_tokens {r['max_tokens']:,})",
     'pictures seen before': lambda r: str(r['duplicate_pictures']),
     'texts seen before': lambda r: str(r['duplicate_texts']),
     'prompts of evaluations': lambda r: str(r['excluded']),
@@ -119,12 +132,12 @@ def _cells(report: dict) -> list:
     for kind in sorted({k for r in sources for k in r['broken']}):
         rows.append([kind, *(str(r['broken'].get(kind, 0)) for r in sources)])
     if any(r['faults'] for r in sources): rows.append(['faulty files', *(str(len(r['faults'])) for r in sources)])
-    return [['', *report], *rows]
+    return [['', *map(printable, report)], *rows]
 
 def _named(name: str, bad: list, most: int) -> list:
     "Lines with the first `most` broken samples of a source."
     more = [f'  ... and {len(bad) - most} more (--names {len(bad)})'] if len(bad) > most else []
-    return ['', f'{name}:', *(f'  {b}' for b in bad[:most]), *more]
+    return ['', f'{printable(name)}:', *(f'  {b}' for b in bad[:most]), *more]
 
 # %% ../../../nbs/scale/data/check.ipynb #b532b967
 def as_table(
@@ -141,30 +154,24 @@ def as_table(
     return '\n'.join(lines)
 
 # %% ../../../nbs/scale/data/check.ipynb #b8800402
-def _ending(data: bytes) -> str:
-    "jpg, png, webp, ... by what the bytes are."
-    im = Image.open(io.BytesIO(data), formats=FORMATS)
-    return {'JPEG': 'jpg'}.get(im.format, im.format.lower())
-
 def _shard_members(
     raw: dict,  # what `raw_sample` returned
     task: str,
 ) -> dict:  # extension -> bytes
     "A sample as the members of a shard."
     stems = dict(image='target', source='source') if task == 'edit' else dict(image='')
-    out = {f'{stem}.{_ending(raw[f])}'.lstrip('.'): raw[f] for f, stem in stems.items()}
+    out = {f'{stem}.{ending_of(raw[f], stem)}'.lstrip('.'): raw[f] for f, stem in stems.items()}
     if task == 'image': return out
     if len(raw['text']) == 1: return out | dict(txt=raw['text'][0].encode())
     texts = {'instructions' if task == 'edit' else 'captions': raw['text']}
     return out | dict(json=json.dumps(texts).encode())
 
 # %% ../../../nbs/scale/data/check.ipynb #24af8a01
-def _write_shard(path: Path, samples: list, first: int) -> list:  # [bytes, samples]
+def _write_shard(path: Path, samples: list, first: int) -> list:  # [samples, *stamp]
     "One shard, whole or not at all; its keys are the numbers of the samples."
     with atomic_path(path) as tmp:
-        with open(tmp, 'wb') as f, TarWriter(f, mtime=0) as w:
-            for k, s in enumerate(samples, first): w.write({'__key__': f'{k:09d}', **s})
-    return [path.stat().st_size, len(samples)]
+        with open(tmp, 'wb') as f: write_tar(f, ((f'{k:09d}', s) for k, s in enumerate(samples, first)))
+    return [len(samples), *stamp(path)]
 
 # %% ../../../nbs/scale/data/check.ipynb #a8e5fcbc
 def write_shards(

@@ -17,6 +17,7 @@ from .corpus import CorpusConfig
 from .exclude import Exclude
 from .sample import Broken, FIELDS, lookup
 from .sources import Folder, open_source, Shards, Source, SourceConfig
+from .texts import printable, TextLimit
 
 # %% ../../../nbs/scale/data/cli.ipynb #32b15e42
 _EXAMPLES = '''examples
@@ -41,6 +42,8 @@ examples
   spar_data check /data/edits --task edit --exclude edits.json  # how many texts are prompts of an evaluation
   spar_data check /data/a /data/b --json report.json            # two columns, and all of it as JSON
   spar_data check /data/blip3o --counts                         # write spar-counts.json: training starts at once
+  spar_data check /data/hub/snapshots/1f2e --split test         # of splits that lie side by side
+  spar_data check /data/blip3o --tokenizer checkpoints/spar-1b/mllm     # count tokens as training would
 
 Exit code 0: read, whatever was wrong. With --strict 2 if anything is broken.'''
 
@@ -66,6 +69,8 @@ def _check_options(p):
     add('--json', metavar='FILE', help='write the report as JSON; - prints it instead of the table')
     names = 'how many broken samples to name for each source (default: 10)'
     add('--names', type=int, default=10, metavar='N', help=names)
+    add('--max-tokens', type=int, metavar='N', help='texts are cut there (default: of --config, else 1024)')
+    add('--tokenizer', metavar='FOLDER', help='of the language model, to count tokens (default: a stand-in)')
     add('--counts', action='store_true', help='write spar-counts.json beside shards')
     add('--strict', action='store_true', help='exit with 2 if anything is broken')
 
@@ -76,19 +81,20 @@ def _pack_options(p):
     add('--per-shard', type=int, default=1000, metavar='N', help='samples in a shard (default: 1000)')
     count = 'only the first so many samples (default: all; 1000 of a world)'
     add('--count', type=int, default=0, metavar='N', help=count)
-    add('--seed', type=int, default=0, help='of a world (default: 0)')
-    add('--dial', default='easy', help='of a world (default: easy)')
+    add('--seed', type=int, help='of a world (default: 0)')
+    add('--dial', help='of a world (default: easy)')
 
 # %% ../../../nbs/scale/data/cli.ipynb #a43ae2b4
 def _source_options(p):
     add = p.add_argument
     add('--task', default='', help='image, caption or edit (default: caption where there are texts)')
-    add('--split', default='train', help='of a dataset with several, or of a world (default: train)')
-    add('--kind', default='auto', help='shards, table or folder (default: by what lies there)')
+    add('--split', default='', help='where files or a dataset name several, or of a world (default: train); all')
+    add('--kind', default='', help='shards, table or folder (default: by what lies there)')
+    add('--links', default='', help='follow: links in the folder may lead out of it (default: inside)')
     where = 'where image, text or source lie: extension, column or json:KEY'
     add('--field', action='append', default=[], metavar='F=WHERE', help=where)
     add('--exclude', action='append', default=[], metavar='FILE', help='prompt file of an evaluation set')
-    add('--match', default='exact', help='exact or contains (default: exact)')
+    add('--match', default='', help='exact or contains (default: of --config, else exact)')
 
 # %% ../../../nbs/scale/data/cli.ipynb #6ddac05c
 _CHECK = dict(
@@ -137,63 +143,94 @@ def _pairs(items: list) -> dict:
 
 def _named_source(path, args) -> tuple[SourceConfig, Source]:
     "A source named on the command line."
-    settings = dict(path=str(path), kind=args.kind, split=args.split)
+    settings = dict(path=str(path), kind=args.kind or 'auto', split=args.split, links=args.links or 'inside')
     source = open_source(SourceConfig(**settings))
     return SourceConfig(task=args.task or _guess_task(source), fields=_pairs(args.field), **settings), source
 
-def _profile_sources(file: str, section: str) -> tuple[dict, list]:
-    "Name -> SourceConfig, and the exclude files, from `source` of a profile's section (or from the file itself)."
+def _profile_sources(file: str, section: str) -> CorpusConfig:
+    "`source` of a profile's section (or the file itself)."
     from spar.running.profiles import sections, yaml_file
     d = yaml_file(file)
     if 'from' in d: d = sections(Path(file).stem)
     if section: d = d[one_of(section, d, file)]
-    cfg = CorpusConfig.from_dict(d.get('source', d))
-    return {n: SourceConfig.from_dict(c) for n, c in cfg.sources.items()}, cfg.exclude
+    return CorpusConfig.from_dict(d.get('source', d))
+
+def _refuse(args, names: tuple, why: str):
+    "An option that would be ignored is an error."
+    given = [n for n in names if getattr(args, n) not in (None, '', [])]
+    if given: raise ValueError(f'--{given[0].replace("_", "-")} {why}')
 
 # %% ../../../nbs/scale/data/cli.ipynb #c011a700
-def _sources_to_check(args) -> tuple[dict, list]:
-    "Name -> (settings, source), and the prompt files to compare with."
+_FOLDERS_ONLY = 'is for folders named on the command line; with --config, say it in the profile.'
+
+def _sources_to_check(args, cfg: CorpusConfig) -> dict:
+    "Name -> (settings, source)."
     names = {p: Path(p).resolve().name for p in args.paths}
     alike = Counter(names.values())
+    if not args.paths: _refuse(args, ('task', 'split', 'kind', 'links', 'field'), _FOLDERS_ONLY)
+    if not args.config: _refuse(args, ('section',), 'is a section of --config FILE.')
     opened = {(n if alike[n] == 1 else p): _named_source(p, args) for p, n in names.items()}
-    files = args.exclude
-    if args.config:
-        more, excluded = _profile_sources(args.config, args.section)
-        files = files + excluded
-        opened |= {n: (c, open_source(c)) for n, c in more.items()}
+    more = {n: SourceConfig.from_dict(c) for n, c in cfg.sources.items()}
+    opened |= {n: (c, open_source(c)) for n, c in more.items()}
     if not opened:
         raise ValueError('Nothing to check: name folders, or --config FILE [--section NAME] with source.sources.')
-    return opened, files
+    return opened
+
+def _limit(args, cfg: CorpusConfig) -> TextLimit:
+    "How long texts may be."
+    tokenizer = None
+    if args.tokenizer:
+        if not Path(args.tokenizer).is_dir(): raise FileNotFoundError(f'--tokenizer {args.tokenizer}: no such folder.')
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    return TextLimit(cfg.max_tokens if args.max_tokens is None else args.max_tokens, tokenizer, cfg.max_words)
 
 # %% ../../../nbs/scale/data/cli.ipynb #23c2a33e
+def _say(text: str, file=None):
+    "Print, whatever the terminal can show: what it cannot is escaped."
+    file = file or sys.stdout
+    encoding = getattr(file, 'encoding', None) or 'utf-8'
+    print(text.encode(encoding, 'backslashreplace').decode(encoding), file=file)
+
 def _check(args) -> int:
     "`spar_data check`; the exit code."
-    opened, files = _sources_to_check(args)
-    exclude = Exclude(files, args.match)
-    report = {n: examine(c, args.n, exclude, s) for n, (c, s) in opened.items()}
+    cfg = _profile_sources(args.config, args.section) if args.config else CorpusConfig()
+    opened = _sources_to_check(args, cfg)
+    exclude = Exclude(args.exclude + cfg.exclude, args.match or cfg.match)
+    if not exclude.prompts: _refuse(args, ('match',), 'says how prompts of --exclude FILE are compared.')
+    limit = _limit(args, cfg)
+    report = {printable(n): examine(c, args.n, exclude, s, limit) for n, (c, s) in opened.items()}
     if args.counts:
-        for _, s in opened.values():
-            if isinstance(s, Shards): s.write_counts()
-    if args.json == '-': print(json.dumps(report, indent=1))
+        shards = [s for _, s in opened.values() if isinstance(s, Shards)]
+        if not shards: raise ValueError('--counts is for shards; none of the sources are.')
+        for s in shards: s.write_counts()
+    if args.json == '-': _say(json.dumps(report, indent=1))
     else:
-        print(as_table(report, args.names))
+        _say(as_table(report, args.names))
         if args.json: write_json(args.json, report)
     return 2 if args.strict and any(r['faults'] or r['broken'] for r in report.values()) else 0
 
 # %% ../../../nbs/scale/data/cli.ipynb #54d762dd
+def _to_pack(args, named: list):
+    "The samples of `spar_data pack`; what is left out is appended to `named`."
+    if args.source.startswith('world:'):
+        _refuse(args, ('task', 'kind', 'links', 'field', 'exclude', 'match'), 'is for folders, not for a world.')
+        world = args.source[6:], args.seed or 0, args.split or 'train', args.dial or 'easy'
+        return world_samples(*world, args.count or 1000)
+    _refuse(args, ('seed', 'dial'), 'is for a world, not for a folder.')
+    if Path(args.out).resolve().is_relative_to(Path(args.source).resolve()):
+        raise ValueError(f'{args.out} lies within {args.source}: name a folder outside.')
+    exclude = Exclude(args.exclude, args.match or 'exact')
+    if not args.exclude: _refuse(args, ('match',), 'says how prompts of --exclude FILE are compared.')
+    return whole_samples(*_named_source(args.source, args), named, exclude, args.count)
+
 def _pack(args) -> int:
     "`spar_data pack`; the exit code."
-    named, exclude = [], Exclude(args.exclude, args.match)
-    if args.source.startswith('world:'):
-        samples = world_samples(args.source[6:], args.seed, args.split, args.dial, args.count or 1000)
-    else:
-        if Path(args.out).resolve().is_relative_to(Path(args.source).resolve()):
-            raise ValueError(f'{args.out} lies within {args.source}: name a folder outside.')
-        samples = whole_samples(*_named_source(args.source, args), named, exclude, args.count)
-    n = write_shards(samples, args.out, args.per_shard)
-    for who in named: print(f'left out  {who}', file=sys.stderr)
+    named = []
+    n = write_shards(_to_pack(args, named), args.out, args.per_shard)
+    for who in named: _say(f'left out  {who}', sys.stderr)
     shards = len(list(Path(args.out).glob('*.tar')))
-    print(f'{n} samples in {shards} shards in {args.out}; {len(named)} left out')
+    _say(f'{n} samples in {shards} shards in {args.out}; {len(named)} left out')
     return 0
 
 # %% ../../../nbs/scale/data/cli.ipynb #d7fcce1e
@@ -201,5 +238,5 @@ def data_command(argv=None):
     "Entry point of `spar_data`."
     args = _data_parser().parse_args(argv)
     try: code = dict(check=_check, pack=_pack)[args.command](args)
-    except (ValueError, OSError) as e: raise SystemExit(f'spar_data {args.command}: {e}') from None
+    except (ValueError, OSError) as e: raise SystemExit(printable(f'spar_data {args.command}: {e}')) from None
     if code: raise SystemExit(code)

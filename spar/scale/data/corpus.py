@@ -12,36 +12,40 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from ...core import Config, file_hash, one_of, rng
+from typing import Annotated, Any
+from ...core import Config, file_hash, NonNegativeInt, one_of, PositiveInt, Range, rng, Share
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
+from .crops import as_tensors, draw_view
 from .exclude import Exclude
+from .files import same_split
 from .order import Blend, MixedOrder
-from .sample import as_tensor, Broken, log_defect, picture, TASKS
+from .sample import Broken, log_defect, picture, TASKS
 from .sources import open_source, raw_sample, SourceConfig
+from .texts import TextLimit
 
 # %% ../../../nbs/scale/data/corpus.ipynb #7cc7934f
 @dataclass
 class CorpusConfig(Config):
     "What a profile says about data."
-    sources: dict = field(default_factory=dict)   # name -> SourceConfig
-    side: int = 224               # pixels
-    window: int = 2000            # rows of a partition that are mixed
-    slots: int = 0                # partitions within a unit, a divisor of it; 0: the largest power of two up to 64
-    groups: int = 8               # units until a partition comes again; a multiple of the number of workers
-    min_side: int = 0             # pixels; smaller pictures count as broken
-    max_broken: float = 0.05      # share of broken samples that stops the run
-    exclude: list = field(default_factory=list)   # prompt files of evaluation sets
-    match: str = 'exact'          # exact | contains
-    max_words: int = 0            # texts are cut off there; 0: never
-    log: str = ''                 # file that gets a line for each broken or excluded sample
+    sources: dict[str, Any] = field(default_factory=dict)  # name -> SourceConfig
+    side: PositiveInt = 224                                # pixels
+    window: PositiveInt = 2000                             # rows of a partition that are mixed
+    slots: NonNegativeInt = 0  # partitions within a unit, a divisor of it; 0: the largest power of two up to 64
+    groups: PositiveInt = 8  # units until a partition comes again; a multiple of the number of workers
+    min_side: NonNegativeInt = 0                           # pixels; smaller pictures count as broken
+    max_broken: Share = 0.05                               # share of broken samples that stops the run
+    exclude: list[str] = field(default_factory=list)       # prompt files of evaluation sets
+    match: str = 'exact'                                   # exact | contains
+    max_tokens: Annotated[int, Range(1, 32768)] = 1024     # longer texts are cut after the last whole word (ref)
+    max_words: NonNegativeInt = 0                          # texts are cut off there; 0: never
+    crop: str = 'centre'                                   # centre | random: the square of a training picture
+    flip: Share = 0.0                                      # share of training samples that are mirrored
+    log: str = ''                                          # gets a line for each broken, excluded or cut sample
     def __post_init__(self):
         one_of(self.match, ('exact', 'contains'), 'CorpusConfig.match')
-        for n in ('side', 'window', 'groups'):
-            if getattr(self, n) < 1: raise ValueError(f'CorpusConfig.{n} is {getattr(self, n)}; it must be at least 1.')
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f'CorpusConfig.max_broken is {self.max_broken}; it is a share, from 0 to 1.')
+        one_of(self.crop, ('centre', 'random'), 'CorpusConfig.crop')
 
 # %% ../../../nbs/scale/data/corpus.ipynb #ffe39cde
 def _configs(cfg: CorpusConfig) -> dict:
@@ -61,10 +65,10 @@ def _shares(configs: dict, sizes: dict) -> dict:
 
 # %% ../../../nbs/scale/data/corpus.ipynb #d25c660f
 class Counts:
-    "How many samples were read, broken, excluded, over all workers of this process."
-    NAMES = ('read', 'broken', 'excluded')
+    "How many samples were read, broken, excluded, had a text that was cut, over all workers of this process."
+    NAMES = ('read', 'broken', 'excluded', 'cut')
     def __init__(self, workers: int = 128):
-        self.rows, self.before = torch.zeros(workers + 1, 3, dtype=torch.int64).share_memory_(), Counter()
+        self.rows, self.before = torch.zeros(workers + 1, len(self.NAMES), dtype=torch.int64).share_memory_(), Counter()
 
     def add(self, name: str):
         info = get_worker_info()
@@ -88,6 +92,7 @@ class Corpus:
         cfg: CorpusConfig | dict,
         unit: int,  # samples of a micro-batch, over all processes: batch_size / accumulate
         seed: int = 0,
+        tokenizer=None,  # of the language model that reads the texts; None: a stand-in counts their tokens
     ):
         self.cfg, self.unit, self.seed = CorpusConfig.from_dict(cfg), unit, seed
         self.configs = _configs(self.cfg)
@@ -96,9 +101,11 @@ class Corpus:
         self.sort_by_task()
         self.partition()
         self.exclude, self.counts = Exclude(self.cfg.exclude, self.cfg.match), Counts()
+        self.limit = TextLimit(self.cfg.max_tokens, tokenizer, self.cfg.max_words)
         self.bad, self.last = {n: {} for n in self.weights}, 'one seen before'
+        self.shortened, self.reported = {n: set() for n in self.weights}, {}
         for n, s in self.sources.items():
-            for fault in s.faults: log_defect(n, 'broken shard', fault, self.cfg.log)
+            for fault in s.faults: log_defect(n, 'faulty file', fault, self.cfg.log)
 
 # %% ../../../nbs/scale/data/corpus.ipynb #dc927749
 @patch
@@ -140,24 +147,45 @@ def locate(self: Corpus, k: int) -> tuple[str, str, int, int]:  # task, source, 
     return task, names[i], part, n
 
 # %% ../../../nbs/scale/data/corpus.ipynb #f4851aa6
+_CUT = '{}: a text of {} tokens was cut to the first {} characters (max_tokens {}, max_words {})'
+
 @patch
 def pick_text(self: Corpus, texts: list, k: int) -> str | None:
-    "One of the texts that are not excluded, cut to `max_words`; None where all are excluded."
+    "One of the texts that are not excluded; None where all are excluded."
     allowed = [t for t in texts if not self.exclude(t)]
-    if not allowed: return None
-    text = allowed[int(rng(self.seed, 'which text', k).integers(len(allowed)))]
-    return ' '.join(text.split()[:self.cfg.max_words]) if self.cfg.max_words else text
+    return allowed[int(rng(self.seed, 'which text', k).integers(len(allowed)))] if allowed else None
 
+@patch
+def within_limit(self: Corpus, text: str, name: str, r: int, who: str) -> str:
+    "The text, cut where it is too long; that is counted each time and named once."
+    short, tokens, cut = self.limit(text)
+    if cut:
+        self.counts.add('cut')
+        line = _CUT.format(who, tokens, len(short), self.limit.max_tokens, self.limit.max_words)
+        if r not in self.shortened[name]: log_defect(name, 'cut', line, self.cfg.log)
+        self.shortened[name].add(r)
+    return short
+
+@patch
+def view(self: Corpus, name: str, k: int, text: str):
+    "What is shown of the pictures of sample k."
+    split = self.configs[name].split
+    trains = not split or split == 'all' or same_split(split, ['train']) == 'train'
+    return draw_view(self.seed, k, trains and self.cfg.crop == 'random', trains * self.cfg.flip, text)
+
+# %% ../../../nbs/scale/data/corpus.ipynb #f4851aa7
 @patch
 def read(self: Corpus, name: str, r: int, k: int) -> dict | None:
     "Row r of a source as tensors; None if it is excluded. Raises `Broken`."
     who, raw = raw_sample(self.sources[name], self.configs[name], r)
-    out = {}
-    for f, value in raw.items():
-        if f == 'text': out[f] = self.pick_text(value, k)
-        else: out[f] = as_tensor(picture(value, who, self.cfg.min_side), self.cfg.side)
-        if out[f] is None: return None
-    return {**out, 'index': k, **({'task': self.configs[name].task} if len(self.tasks) > 1 else {})}
+    images, text = {f: picture(v, who, self.cfg.min_side) for f, v in raw.items() if f != 'text'}, {}
+    if 'text' in raw:
+        picked = self.pick_text(raw['text'], k)
+        if picked is None: return None
+        text = dict(text=self.within_limit(picked, name, r, who))
+    view = self.view(name, k, text.get('text', ''))
+    task = {'task': self.configs[name].task} if len(self.tasks) > 1 else {}
+    return as_tensors(images, self.cfg.side, view) | text | {'index': k} | task
 
 # %% ../../../nbs/scale/data/corpus.ipynb #6d808ba8
 class TooManyBroken(RuntimeError): "More samples than allowed cannot be used."
@@ -240,7 +268,11 @@ def description(self: Corpus) -> dict:
     settings = dict(seed=self.seed, unit=self.unit, slots=self.slots, groups=cfg.groups, window=cfg.window)
     return settings | dict(
         side=cfg.side,
+        crop=cfg.crop,
+        flip=cfg.flip,
+        max_tokens=cfg.max_tokens,
         max_words=cfg.max_words,
+        tokens=type(self.limit.tokenizer).__name__ if self.limit.tokenizer else 'stand-in',
         parts=_digest({n: s.parts for n, s in self.sources.items()}),
         exclude=sorted(file_hash(f)[:16] for f in cfg.exclude),
         match=cfg.match,
@@ -250,8 +282,18 @@ def description(self: Corpus) -> dict:
 
 # %% ../../../nbs/scale/data/corpus.ipynb #2cedfd56
 @patch
+def report(self: Corpus):
+    "A line in the log with the counts, where there is something to say that was not said before."
+    now = self.counts.total()
+    if any(now[n] != self.reported.get(n, 0) for n in now if n != 'read'):
+        numbers = ', '.join(f'{v} {n}' for n, v in now.items())
+        log_defect('corpus', 'counts', f'samples so far: {numbers} (cut: the text, to max_tokens)', self.cfg.log)
+    self.reported = now
+
+@patch
 def state_dict(self: Corpus, position: int) -> dict:      # plain JSON
-    "The position (samples used so far, over all processes) and what it means."
+    "The position (samples used so far, over all processes) and what it means; reports the counts."
+    self.report()
     return dict(position=int(position), of=self.description(), counts=self.counts.total())
 
 @patch
@@ -307,6 +349,8 @@ def corpus_of(
     data: dict,  # settings of a CorpusConfig
     train: dict,  # of the stage: batch_size, accumulate
     seed: int = 0,
+    tokenizer=None,  # of the language model, where there are texts
 ) -> Corpus | None:
     "A stage's corpus, or None where the profile names no sources and the stage draws from the world."
-    return Corpus(data, train['batch_size'] // train.get('accumulate', 1), seed) if data.get('sources') else None
+    if not data.get('sources'): return None
+    return Corpus(data, train['batch_size'] // train.get('accumulate', 1), seed, tokenizer)

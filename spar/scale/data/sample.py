@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'ENDINGS', 'FIELDS', 'MAX_BYTES', 'FORMATS', 'Broken', 'log_defect', 'inside', 'media_bytes', 'picture',
-           'as_tensor', 'lookup', 'texts_of']
+           'ending_of', 'as_tensor', 'lookup', 'texts_of']
 
 # %% ../../../nbs/scale/data/sample.ipynb #04df8659
 import io
 import json
 import logging
+import os
 import re
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from ...core import to_unit
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from ...images import MAX_PIXELS, read_image, squared
+from .texts import damage, printable, utf8
 
 # %% ../../../nbs/scale/data/sample.ipynb #6e85c9a3
 TASKS = dict(image=('image',), caption=('image', 'text'), edit=('source', 'text', 'image'))
-ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif')
+ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'jpe', 'jfif', 'mpo')
 _PICTURE = ['image', *ENDINGS, 'file_name', 'file', 'img']
 _TEXT = ['text', 'texts', 'txt', 'caption', 'captions', 'prompt']
 _TEXT += ['json:text', 'json:texts', 'json:caption', 'json:captions', 'json:prompt']
@@ -41,7 +44,7 @@ MAX_BYTES = 64 << 20          # a picture or text larger than this on disk is re
 class Broken(ValueError):
     "A sample that cannot be used: `kind` of defect, `name` of the sample, what is wrong."
     def __init__(self, kind: str, name: str, why=''):
-        super().__init__(f'{name}: {kind}' + (f' ({why})' if str(why) else ''))
+        super().__init__(printable(f'{name}: {kind}' + (f' ({why})' if str(why) else '')))
         self.kind, self.name = kind, name
 
 # %% ../../../nbs/scale/data/sample.ipynb #cbf61117
@@ -52,17 +55,30 @@ def log_defect(
     log: str = '',  # a file that gets the line as JSON, too
 ):
     "One line to the logger `spar.scale.data` and, if there is one, to the log file."
+    source, text = printable(source), printable(text)
     logging.getLogger('spar.scale.data').warning('%s: %s', source, text)
     if log:
         Path(log).parent.mkdir(parents=True, exist_ok=True)
-        with open(log, 'a') as f:
+        with open(log, 'a', encoding='utf-8') as f:
             f.write(json.dumps(dict(source=source, kind=kind, what=text)) + '\n')
 
 # %% ../../../nbs/scale/data/sample.ipynb #5e2e3343
+@lru_cache
+def _readable(root: Path) -> list[Path]:
+    "The folder itself and, for a snapshot in a Hugging Face cache, the `blobs` that its links point to."
+    root = root.resolve()
+    snapshots = (p for p in (root, *root.parents) if p.parent.name == 'snapshots')
+    return [root, *(p.parents[1]/'blobs' for p in snapshots if (p.parents[1]/'blobs').is_dir())]
+
+def _named_within(root: Path, path: str) -> bool:
+    "Does the path itself, links apart, stay below the folder?"
+    return '..' not in Path(path).parts and Path(os.path.abspath(root/path)).is_relative_to(os.path.abspath(root))
+
 def inside(
     root: Path,  # the source's folder
     path,  # as the data say it
     name: str,  # of the sample, for the message
+    follow: bool = False,  # links in the folder may lead out of it
 ) -> Path:
     "`path` below `root`, links followed; anything outside `root` raises `Broken`."
     said = str(path)[:200]
@@ -70,22 +86,26 @@ def inside(
         full = (root/str(path)).resolve()
         there = full.is_file()
     except (OSError, ValueError, RuntimeError) as e: raise Broken('missing file', name, f'{said}: {e}') from None
-    if not full.is_relative_to(root.resolve()): raise Broken('outside the folder', name, said)
+    if not full.is_relative_to(root.resolve()):
+        named = _named_within(root, str(path))
+        allowed = named and (follow or any(full.is_relative_to(r) for r in _readable(root)))
+        hint = ', a link that leads out: `links: follow` reads it' if named else ''
+        if not allowed: raise Broken('outside the folder', name, said + hint)
     if not there: raise Broken('missing file', name, said)
     return full
 
 # %% ../../../nbs/scale/data/sample.ipynb #3078b2bf
-def _file_bytes(root: Path, path, name: str) -> bytes:
+def _file_bytes(root: Path, path, name: str, follow: bool) -> bytes:
     "The file at `path`, which must lie below `root` and not be larger than `MAX_BYTES`."
-    full = inside(root, path, name)
+    full = inside(root, path, name, follow)
     if (n := full.stat().st_size) > MAX_BYTES: raise Broken('too large', name, f'{n} bytes')
     try: return full.read_bytes()
     except OSError as e: raise Broken('missing file', name, e) from None
 
-def media_bytes(root: Path, value, name: str) -> bytes:
+def media_bytes(root: Path, value, name: str, follow: bool = False) -> bytes:
     "The bytes behind a picture field: bytes, `{'bytes', 'path'}` of a dataset, or a path below `root`."
     if isinstance(value, dict): value = value['bytes'] if value.get('bytes') is not None else value.get('path')
-    if isinstance(value, str): return _file_bytes(root, value, name)
+    if isinstance(value, str): return _file_bytes(root, value, name, follow)
     if not isinstance(value, bytes):
         raise Broken('missing field', name, f'{type(value).__name__} instead of a picture')
     if len(value) > MAX_BYTES: raise Broken('too large', name, f'{len(value)} bytes')
@@ -93,6 +113,8 @@ def media_bytes(root: Path, value, name: str) -> bytes:
 
 # %% ../../../nbs/scale/data/sample.ipynb #a4094252
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF')
+# MPO is what phones write: a JPEG with a second picture inside
+_ENDING = dict(JPEG='jpg', MPO='jpg', PNG='png', WEBP='webp', BMP='bmp', GIF='gif')
 
 def _header(data: bytes, name: str) -> Image.Image:
     "The picture with its header read and no pixel decoded, or `Broken`."
@@ -120,6 +142,11 @@ def picture(
     try: return read_image(im).image
     except Exception as e: raise Broken('broken image', name, e) from None       # one picture must not end a run
 
+# %% ../../../nbs/scale/data/sample.ipynb #0e5cbcd2
+def ending_of(data: bytes, name: str) -> str:
+    "jpg, png, webp, bmp or gif, by what the bytes are: the ending under which every reader finds them."
+    return _ENDING[_header(data, name).format]
+
 # %% ../../../nbs/scale/data/sample.ipynb #34000fc8
 def as_tensor(
     im: Image.Image,  # RGB
@@ -131,7 +158,8 @@ def as_tensor(
 # %% ../../../nbs/scale/data/sample.ipynb #137bccb8
 def _in_json(member, key: str):
     "`member[key]` of a JSON object or of its text, else None."
-    member = json.loads(member) if isinstance(member, (str, bytes)) else member
+    if isinstance(member, bytes): member = utf8(member)
+    if isinstance(member, str): member = json.loads(member)
     return member.get(key) if isinstance(member, dict) else None
 
 def lookup(
@@ -155,11 +183,12 @@ def texts_of(
 ) -> list[str]:
     "The texts of a sample without empty ones and those with something like a special token; none left is an error."
     values = value if isinstance(value, (list, tuple)) else [value]
-    try: texts = [v.decode() if isinstance(v, bytes) else v for v in values]
-    except UnicodeDecodeError as e: raise Broken('broken text', name, e) from None
+    try: texts = [utf8(v) if isinstance(v, bytes) else v for v in values]
+    except ValueError as e: raise Broken('broken text', name, e) from None
     for t in texts:
         if not isinstance(t, str): raise Broken('broken text', name, f'{type(t).__name__} instead of text')
-    stripped = [t.strip().lstrip('\ufeff') for t in texts]
+        if why := damage(t): raise Broken('broken text', name, why)
+    stripped = [t.strip().lstrip('\ufeff').strip() for t in texts]
     texts = [t for t in stripped if t]
     if not texts: raise Broken('empty text', name)
     clean = [t for t in texts if not _TOKEN.search(t)]

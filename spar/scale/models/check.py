@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 from ...running.profiles import resolved
+from ...backbones.words import template_problem
 import torch
 from safetensors import safe_open, SafetensorError
 from torch import nn
@@ -216,10 +217,9 @@ def _config_problems(part: str, folder: Path, found: dict, arch: dict) -> list[P
 
 # %% ../../../nbs/scale/models/check.ipynb #310e9e30
 _TOKENIZER_FILES = 'fetch tokenizer.json, tokenizer_config.json and what else the repository has'
-_CHAT_TEMPLATE = 'fetch chat_template.jinja (or the tokenizer_config.json that holds it)'
 
 def _tokenizer_problems(folder: Path, arch: dict) -> list[Problem]:
-    "Special tokens at other numbers, or no tokenizer."
+    "No tokenizer, special tokens at other numbers, or a chat template that renders another text."
     problem = lambda says, cure: [Problem('mllm', str(folder), says, cure)]
     try: tk = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as e:
@@ -229,7 +229,7 @@ def _tokenizer_problems(folder: Path, arch: dict) -> list[Problem]:
     if odd := [f'{t} is {vocab.get(t)}, wanted {i}' for t, i in arch['tokens'].items() if vocab.get(t) != i]:
         cure = f'the tokenizer of another model; take the one of {arch["repository"]}'
         return problem(f'special tokens: {"; ".join(odd[:3])}', cure)
-    return [] if tk.chat_template else problem('its tokenizer has no chat template', _CHAT_TEMPLATE)
+    return [p for pair in filter(None, [template_problem(tk)]) for p in problem(*pair)]
 
 # %% ../../../nbs/scale/models/check.ipynb #593771d1
 def _scheduler_problems(folder: Path, arch: dict):      # yields (where, says, cure)
