@@ -6,7 +6,7 @@
 __all__ = ['PositiveInt', 'NonNegativeInt', 'FiniteFloat', 'PositiveFloat', 'NonNegativeFloat', 'Share', 'Decay', 'FORMAT',
            'unknown_key', 'one_of', 'Range', 'check_number', 'Config', 'seed_for', 'rng', 'normal', 'uniform',
            'pick_device', 'instructions', 'has_fast_bf16', 'pick_precision', 'autocast', 'is_first', 'recover',
-           'atomic_path', 'write_json', 'read_json', 'write_config', 'check_version', 'read_config', 'file_hash',
+           'atomic_path', 'write_json', 'read_json', 'write_config', 'without_version', 'read_config', 'file_hash',
            'to_unit', 'to_uint8', 'n_params', 'freeze', 'need_finite']
 
 # %% ../nbs/01_core.ipynb #ea2b53df
@@ -343,16 +343,13 @@ def write_config(path, config: dict):
     "A configuration as JSON, with the version of the format."
     write_json(path, {'format_version': FORMAT, **config})
 
-def check_version(version, where):
-    "An error if a configuration has a version that this package does not know."
-    if isinstance(version, int) and version in range(FORMAT + 1): return
+def without_version(config: dict, where) -> dict:
+    "A configuration without its version of the format; a version that this package does not know is an error."
+    version = config.get('format_version', 0)
+    if version in range(FORMAT + 1): return {k: v for k, v in config.items() if k != 'format_version'}
     raise ValueError(f'{where} has format version {version!r}, this package reads 0 to {FORMAT}: install a newer one.')
 
-def read_config(path) -> dict:
-    "The configuration in `path` without its version; a version that this package does not know is an error."
-    config = read_json(path)
-    check_version(config.pop('format_version', 0), path)
-    return config
+def read_config(path) -> dict: return without_version(read_json(path), path)
 
 # %% ../nbs/01_core.ipynb #c3b06a44
 def file_hash(path) -> str:

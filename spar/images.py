@@ -41,7 +41,7 @@ def _bytes_of(a: np.ndarray) -> np.ndarray:
         raise ValueError(f'an array with values from {a.min():.4g} to {a.max():.4g}: {cure}')
     return (a.clip(0, 1) * 255).round().astype(np.uint8)
 
-# %% ../nbs/using/images.ipynb #5f26c7cc
+# %% ../nbs/using/images.ipynb #5a896c84
 def _from_array(
     x,  # array [H, W], [H, W, C], or tensor [C, H, W], [H, W]; C is 1, 3 or 4
 ) -> Image.Image:
@@ -69,7 +69,7 @@ def _file_named(source) -> tuple:  # what Pillow opens, and the name for message
     if not Path(source).is_file(): raise FileNotFoundError(f'{source}: no such file.')
     return source, str(source)
 
-# %% ../nbs/using/images.ipynb #a90d3f1f
+# %% ../nbs/using/images.ipynb #ed3be2be
 def _opened(source) -> tuple[Image.Image, str]:
     "A PIL picture and its name; errors name the file and say what is wrong with it."
     if isinstance(source, (np.ndarray, torch.Tensor)): source = _from_array(source)
@@ -94,7 +94,7 @@ def _white_of(mode: str, a: np.ndarray) -> float:
         if (a > white).mean() <= _OUTLIERS: return white
     raise ValueError(f'grey values up to {a.max():.4g}; expected white to be 1, 255 or 65535')
 
-# %% ../nbs/using/images.ipynb #1e7c8ac7
+# %% ../nbs/using/images.ipynb #ad192bbb
 def _grey_to_8_bit(im: Image.Image, name: str) -> tuple[Image.Image, str]:
     "Modes I;16, I and F -> 8-bit grey over their own natural range, and a note."
     a = np.asarray(im).astype(np.float64)
@@ -161,7 +161,7 @@ def _to_square(im: Image.Image, fit: str) -> Read:
     square.paste(im, (-x, -y))
     return Read(square, [f'padded with white {w}x{h} -> {n}x{n}'])
 
-# %% ../nbs/using/images.ipynb #2a966a85
+# %% ../nbs/using/images.ipynb #f2cee519
 def squared(
     im: Image.Image,  # RGB
     side: int,  # pixels

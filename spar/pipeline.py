@@ -9,7 +9,7 @@ __all__ = ['SparOutput', 'SparPipeline']
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import autocast, check_version, FORMAT, is_first, one_of, pick_device, unknown_key
+from .core import autocast, FORMAT, is_first, one_of, pick_device, unknown_key, without_version
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, SanaTransformer2DModel
@@ -186,7 +186,7 @@ class _Loads:
         "diffusers' step from model_index.json to arguments, with strict keys and a checked version."
         if 'parts' in config_dict:
             raise ValueError(f'a folder of format 0 or 1: load it by {cls.__name__}.from_pretrained, and save it.')
-        check_version(config_dict.get('format_version', 0), 'model_index.json')
+        without_version(config_dict, 'model_index.json')
         known = [*cls._get_signature_keys(cls)[0], *cls._get_signature_keys(cls)[1]]
         for key in config_dict:
             if not key.startswith('_') and key not in known: raise unknown_key(key, known, 'model_index.json')
@@ -327,7 +327,7 @@ class SparPipeline(
     ):
         super().__init__()
         if isinstance(mllm, MLLM): raise TypeError('mllm: pass its model, mllm.hf; or use SparPipeline.from_unified.')
-        check_version(format_version, type(self).__name__)
+        without_version(dict(format_version=format_version), type(self).__name__)
         parts = (mllm, tokenizer, image_tokenizer, condition, transformer, scheduler)
         self.register_modules(**dict(zip(PARTS, parts)))
         self.record, self.precision = record or {}, one_of(precision, ('auto', 'bf16', 'no'), 'precision')

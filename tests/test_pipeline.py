@@ -275,6 +275,15 @@ def test_a_scheduler_is_saved_and_loaded(pipe, tmp_path):
     assert type(again.scheduler) is FlowMatchEulerDiscreteScheduler and bytes_of(again('a red star', 2)) == bytes_of(p('a red star', 2))
     assert any('shift 2' in n and 'trained with 1' in n for n in again('a red star', 2).notes) and not pipe('a red star', 2).notes
 
+def test_a_condition_at_the_width_of_the_transformer(pipe, tmp_path):
+    from spar.backbones.sana import mini_sana
+    from spar.unified.model import Unified, UnifiedConfig
+    cfg = UnifiedConfig.from_dict(dict(condition=dict(queries=3, layers=1, projection='linear'), alignment=dict(kind='none')))
+    unified = Unified(pipe.opened_mllm, pipe.image_tokenizer, mini_sana(text_dim=24, layers=2, heads=2, head_dim=16), cfg)
+    linear = SparPipeline.from_unified(unified, 'no'); linear.save_pretrained(tmp_path/'p')
+    assert bytes_of(SparPipeline.from_pretrained(tmp_path/'p', 'cpu', 'no')('a red star', 2)) == bytes_of(linear('a red star', 2)) != bytes_of(pipe('a red star', 2))
+    pipe.opened_mllm      # the fixture's condition reads it again
+
 def test_other_schedulers_say_what_to_use(pipe):
     p = copy.deepcopy(pipe); p.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match='DDIMScheduler.*FlowMatchEuler'): p('a red star', 2)

@@ -95,7 +95,7 @@ def _check_target(path: Path, also: tuple):
         'Nothing was changed: name a new or an empty folder.'
     )
 
-# %% ../../nbs/backbones/folders.ipynb #0d54b3fa
+# %% ../../nbs/backbones/folders.ipynb #838a9dd4
 @contextlib.contextmanager
 def saved_folder(
     path,  # new, empty, or an earlier save

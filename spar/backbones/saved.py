@@ -8,7 +8,7 @@ __all__ = ['check_keys', 'SavedModel', 'on_the_hub', 'load_saved']
 # %% ../../nbs/backbones/saved.ipynb #5a7ed002
 import inspect
 from pathlib import Path
-from ..core import check_version, FORMAT, freeze, is_first, read_config, unknown_key
+from ..core import FORMAT, freeze, is_first, read_config, unknown_key, without_version
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict
@@ -36,8 +36,7 @@ class SavedModel(ModelMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         "diffusers' step from JSON to arguments, with strict keys and a checked version."
-        config = dict(config_dict)
-        check_version(config.pop('format_version', 0), cls.__name__)
+        config = without_version(config_dict, cls.__name__)
         for given in (config, kwargs): check_keys(cls, given)
         return super().extract_init_dict(config, **kwargs)
 
@@ -67,7 +66,7 @@ def _check_files(cls, folder: Path):
     if not folder.is_dir(): raise FileNotFoundError(f'no {cls.__name__} at {folder}: run `dvc repro`.')
     check_keys(cls, read_config(folder/cls.config_name))
 
-# %% ../../nbs/backbones/saved.ipynb #784c138f
+# %% ../../nbs/backbones/saved.ipynb #dfbfb736
 def load_saved(
     cls,  # a SavedModel
     folder,  # what `save_pretrained` wrote, or a repository of the Hub

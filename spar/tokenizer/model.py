@@ -166,7 +166,7 @@ def _load_old(cls, folder: Path, mllm, dtype):
     load_exactly(tokenizer, load_tensors(folder/'model.safetensors'), str(folder))
     return freeze(tokenizer).to(dtype or torch.float32)
 
-# %% ../../nbs/method/04_tokenizer.ipynb #47311858
+# %% ../../nbs/method/04_tokenizer.ipynb #67999113
 @patch(cls_method=True)
 def from_pretrained(
     cls: Tokenizer,

@@ -20,7 +20,7 @@ from ..backbones.perceptual import load_features
 from ..images import in_range
 from ..tokenizer.model import misfits, Tokenizer
 from .alignment import Alignment, AlignmentConfig, LastMap
-from .condition import Condition, ConditionConfig
+from .condition import Condition, ConditionConfig, pass_projection_by
 from .flow import FlowConfig, sample as sample_latent, start_noise
 
 # %% ../../nbs/method/13_unified.ipynb #6e74c045
@@ -63,20 +63,12 @@ class Unified(nn.Module):
         return self
 
 # %% ../../nbs/method/13_unified.ipynb #f760723b
-class _PassedBy(nn.Module):
-    "SANA's caption projection, kept for the format of its files: what comes in goes out."
-    def __init__(self, projection: nn.Module):
-        super().__init__()
-        for name, part in projection.named_children(): setattr(self, name, part)
-
-    def forward(self, caption: Tensor) -> Tensor: return caption
-
 @patch
 def _condition_width(self: Unified) -> int:
     "The width of the tokens that the transformer is given; with `projection: linear` its own."
     dit = self.transformer.config
     if self.cfg.condition.projection == 'sana': return dit.caption_channels
-    self.transformer.caption_projection = _PassedBy(self.transformer.caption_projection)
+    pass_projection_by(self.transformer)
     return dit.num_attention_heads * dit.attention_head_dim
 
 # %% ../../nbs/method/13_unified.ipynb #f760723c

@@ -47,7 +47,7 @@ def singles(images) -> list:
         single += list(x) if batch else [x]
     return single
 
-# %% ../../nbs/using/inputs.ipynb #58eec75b
+# %% ../../nbs/using/inputs.ipynb #f9f39bb8
 def pictures_of(
     images,  # one or a list of what `read_image` reads; or arrays [B, H, W, C], tensors [B, C, H, W]
     side: int,  # pixels

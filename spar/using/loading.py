@@ -41,7 +41,8 @@ def _part_of(folder: Path, name: str, load, **kw):
 
 # %% ../../nbs/using/loading.ipynb #ebaf7109
 def _strictly(cls, folder: Path, **options):
-    "A network of a library with the tensors of the folder; without config.json transformers would build a default."
+    "A network of a library, whose tensors must be those of the folder."
+    # without config.json transformers would build a default model of full size
     if not (folder/'config.json').is_file(): raise FileNotFoundError('config.json is missing')
     net, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     check_loading(info, folder, cls.__name__)
@@ -103,7 +104,7 @@ def load_plain(cls, folder: Path, dtype, precision: str, options: dict):
     pipe.register_to_config(_name_or_path=str(folder))
     return pipe
 
-# %% ../../nbs/using/loading.ipynb #d1e94ade
+# %% ../../nbs/using/loading.ipynb #29658d24
 def load_by_diffusers(loader, folder, precision: str, options: dict):
     "What needs the library's own way: the Hub, variants, device maps."
     options = {k: v for k, v in options.items() if k != 'dtype'}

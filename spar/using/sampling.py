@@ -13,6 +13,7 @@ from ..core import one_of
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..images import check_finite, in_range, to_pil
+from ..unified.condition import pass_projection_by
 from ..unified.flow import both_conditions, guided_velocity, start_noise
 from .inputs import as_list, check_guidance, checked_texts, paired, plain_text, whole_number
 
@@ -21,6 +22,8 @@ def noise_of(shape: tuple, n: int, seed, generator, latents) -> torch.Tensor:  #
     "What sampling starts from; `shape` is that of one latent."
     if seed is not None and generator is not None: raise ValueError('seed and generator: give one of them.')
     if latents is not None: return _given_latents(latents, (n, *shape))
+    if isinstance(seed, (list, tuple)):
+        raise ValueError(f'seed: {seed!r}; one whole number, or generator=[...] with one a picture.')
     if generator is None: return start_noise(shape, n, whole_number(0 if seed is None else seed, 'seed', 0, 2**63 - 1))
     many = isinstance(generator, (list, tuple))
     if many and len(generator) != n:
@@ -31,7 +34,7 @@ def noise_of(shape: tuple, n: int, seed, generator, latents) -> torch.Tensor:  #
     if not many: return start_noise(shape, n, generator=generator)
     return torch.cat([start_noise(shape, 1, generator=g) for g in generator])
 
-# %% ../../nbs/using/sampling.ipynb #01cc3f96
+# %% ../../nbs/using/sampling.ipynb #6a9cac59
 def _given_latents(latents, shape: tuple) -> torch.Tensor:
     "Latents of the user's own."
     if not isinstance(latents, torch.Tensor) or latents.shape != shape:
@@ -51,8 +54,12 @@ def shift_of(scheduler) -> float:
         raise ValueError(f'scheduler: {type(scheduler).__name__} as it is set does not predict a flow; use {use}.')
     if c.get('use_dynamic_shifting'):
         raise ValueError('scheduler: use_dynamic_shifting; the time shift of this model is one number, shift=.')
+    noisy = c.get('stochastic_sampling') or str(c.get('algorithm_type')).startswith('sde')
+    if noisy or 'LCM' in type(scheduler).__name__:
+        raise ValueError('scheduler: it draws noise at every step; a picture follows from its first noise alone here.')
     return float(c.get('flow_shift') or c.get('shift') or 1.0)
 
+# %% ../../nbs/using/sampling.ipynb #d2ceca83
 def _timed(scheduler, steps: int):
     "A copy of a scheduler with its times set: calls in several threads share the scheduler itself."
     s = copy.deepcopy(scheduler)
@@ -63,7 +70,7 @@ def _timed(scheduler, steps: int):
 # %% ../../nbs/using/sampling.ipynb #b063f5a8
 STEP_TENSORS = ('latents', 'prompt_embeds', 'negative_prompt_embeds')
 
-# %% ../../nbs/using/sampling.ipynb #32681745
+# %% ../../nbs/using/sampling.ipynb #c930bedf
 @dataclass
 class Request:
     "What is drawn, checked; every list has one entry a picture."
@@ -90,6 +97,7 @@ def _conditions(pipe, r: Request) -> dict:
     device = pipe._execution_device
     f_v = None if r.reference is None else pipe.image_tokenizer.encoder(r.reference.to(device))
     pipe.opened_mllm        # the condition reads it
+    if pipe.condition.cfg.projection == 'linear': pass_projection_by(pipe.transformer)
     cond = pipe.condition(r.texts, f_v)
     empty = cond if r.negatives is None else pipe.condition(r.negatives, f_v)
     tensors = dict(latents=r.noise.to(device), prompt_embeds=cond.tokens, negative_prompt_embeds=empty.tokens)
@@ -179,7 +187,7 @@ def request_of(pipe, texts, reference, negative, how: tuple, start: tuple, callb
     noise = noise_of(pipe.size(), len(texts) * per_text, *start)
     return Request(each(texts), each(negatives), reference, noise, steps, float(scale), *callback)
 
-# %% ../../nbs/using/sampling.ipynb #c7537a0f
+# %% ../../nbs/using/sampling.ipynb #5d90b251
 def drawn(pipe, r: Request, batch_size: int, output_type: str):
     "A request in batches, shown."
     pipe._interrupt, out = False, []

@@ -7,7 +7,6 @@ __all__ = ['photographs', 'photograph', 'photograph_of', 'crop']
 
 # %% ../../nbs/world/photos.ipynb #a4ddee7d
 import functools
-import io
 from importlib.resources import files
 from ..core import one_of, rng
 import numpy as np
@@ -32,7 +31,7 @@ def photograph(
     name: str,  # one of `photographs(split)`
 ) -> Image.Image:
     "A photograph in RGB, shorter side at most 320 pixels."
-    img = read_image(io.BytesIO((_FOLDER / name).read_bytes())).image
+    img = read_image((_FOLDER / name).read_bytes()).image
     k = 320 / min(img.size)
     if k >= 1: return img
     size = round(img.width * k), round(img.height * k)
