@@ -283,8 +283,8 @@ def _waiting(path: Path) -> Path: return path.with_name(f'.{path.name}.old')
 
 def recover(path):
     "Where a folder was being replaced when the machine stopped, give it its name back."
-    path, old = Path(path), _waiting(Path(path))
-    if not path.exists() and old.is_dir(): old.rename(path)
+    path = Path(path).absolute()      # '.' has no name to look beside
+    if not path.exists() and (old := _waiting(path)).is_dir(): old.rename(path)
 
 # %% ../nbs/01_core.ipynb #dff52bb9
 def _put(tmp: Path, path: Path):

@@ -3,7 +3,7 @@ import json, shutil
 import pytest
 from spar import SparPipeline, cli
 from spar.command import main
-from spar.core import FORMAT
+from spar.core import FORMAT, read_json
 from spar.world.prompts import vocabulary
 from tiny import tiny_pipeline
 
@@ -54,3 +54,8 @@ def test_commands_name_the_profile_when_it_is_another(folder, tmp_path, monkeypa
 def test_commands_take_the_pipeline_of_the_profile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path); assert cli.default_model() == 'artifacts/mini/pipeline'
     (tmp_path/'params.yaml').write_text('profile: smoke\n'); assert cli.default_model() == 'artifacts/smoke/pipeline'
+
+def test_a_file_of_the_working_folder_is_read_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); (tmp_path/'a.json').write_text('{"a": 1}')
+    assert read_json('a.json') == dict(a=1)
+    with pytest.raises(FileNotFoundError, match='b.json is missing'): read_json('b.json')
