@@ -240,6 +240,7 @@ def only_writer(folder):
     try: lock.acquire()
     except Timeout:
         raise RuntimeError(f'{folder}: another process trains here. Wait for it, or end it and start again.') from None
+    except NotImplementedError: print(f'{folder}: this file system knows no locks. See that only one job trains here.')
     try:
         for p in folder.glob('checkpoints/.step-*.tmp'): shutil.rmtree(p)      # what a killed writer left
         yield
