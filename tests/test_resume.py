@@ -191,3 +191,7 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match=f'pip install {lacking[0]}'):
         fit(Mean(), [], TrainConfig(steps=1, tracker=lacking[0], precision='no'), 0, tmp_path, 'x')
+
+
+def test_looking_at_nothing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match='look_every 2 has no effect'): toy(tmp_path/'r', look_every=2)

@@ -235,6 +235,8 @@ def fit(
 
     Resumes by itself; stops at NaN (`FloatingPointError`); ends early after `cfg.minutes`, or at SIGTERM and SIGUSR1,
     with a checkpoint. With `SPAR_EXPORT` nothing is trained: the weights are those of a checkpoint."""
+    if cfg.look_every and look is None:
+        raise ValueError(f'look_every {cfg.look_every} has no effect: this training looks at nothing. Leave it out.')
     alone = contextlib.nullcontext() if exported_step() else only_writer(run)
     with alone, _signals() as noted:
         r = Run(objective, cfg, run, parts, dataset)
