@@ -14,7 +14,8 @@ from spar.scale.models.check import check_part
 from spar.scale.models.parts import recipe
 from spar.scale.models.random import narrow, write_mllm
 from spar.tokenizer.model import new_tokenizer
-from spar.training.loop import _switch_on, fit
+from spar.training.loop import fit
+from spar.training.run import _switch_on
 from spar.training.objective import _CHOICES, TrainConfig
 from spar.training.order import micro_batches
 from spar.unified.condition import sequence
