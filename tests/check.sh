@@ -30,7 +30,7 @@ notebooks() {
 }
 tests() {
   step "Tests"
-  python -m pytest -q tests -m 'not slow'
+  python -m pytest -q tests -m 'not slow' -n 2 --dist loadfile
 }
 
 slow() {

@@ -37,3 +37,8 @@ def tree(tmp_path_factory): return clone(tmp_path_factory.mktemp('clone'))
 def pytest_configure(config):
     config.addinivalue_line('markers', 'smoke: runs the whole pipeline once (`-m "not smoke"` leaves it out)')
     config.addinivalue_line('markers', 'slow: left to `make test-slow`')
+
+
+def pytest_collection_modifyitems(items):
+    "The pipeline first: two processes share the files of tests, and it is the longest."
+    items.sort(key=lambda item: not item.path.name.startswith('test_smoke'))

@@ -58,7 +58,7 @@ def test_bf16_follows_the_instruction_itself(machine):
 @pytest.mark.parametrize('error', [FileNotFoundError('git'), subprocess.TimeoutExpired('git', 10)], ids=['no git', 'git hangs'])
 def test_a_record_is_written_without_git(tmp_path, error):
     with mock.patch('subprocess.run', side_effect=error):
-        record('stage', dict(seed=3, train=dict(precision='no')), 1.5, tmp_path/'run.json')
+        record('stage', dict(seed=3, train=dict(precision='no')), 1.5, tmp_path/'run.json', {})
     written = read_json(tmp_path/'run.json')['stage']
     assert written['commit'] is None and written['seed'] == 3
     assert written['precision'] == 'no', 'the precision of the numbers, not what this machine would choose'

@@ -24,7 +24,7 @@ COMES_WITH = {
 # declared, but used otherwise than by an import
 USED_AS = {
     'dvc': 'the command', 'dvclive': 'a tracker that a profile may name', 'ipykernel': 'the kernel of stages',
-    'jupyterlab': 'the command', 'ruff': 'the command', 'mypy': 'the command', 'pre-commit': 'the command',
+    'jupyterlab': 'the command', 'pytest-xdist': 'an option of pytest', 'ruff': 'the command', 'mypy': 'the command', 'pre-commit': 'the command',
     'scipy': "transformers' Mask2Former, which GenEval's judge is", 'torch-fidelity': "torchmetrics' Inception",
 }
 

@@ -397,7 +397,7 @@ def test_texts_are_cut_and_special_tokens_refused(tmp_path):
     assert {t for t in texts(corpus(tmp_path, max_words=3), 9)} == {'one two three'}
     assert examine(SourceConfig(path=str(tmp_path)), 0)['broken'] == {'special token': 1}
 
-@pytest.mark.parametrize('wrong,says', [(dict(groups=0), 'groups is 0'), (dict(max_broken=5), 'from 0 to 1'),
+@pytest.mark.parametrize('wrong,says', [(dict(groups=0), 'groups: expected a whole number, at least 1'), (dict(max_broken=5), 'max_broken: .* at most 1'),
     (dict(match='near'), 'Allowed: contains, exact'), (dict(slot=4), "Did you mean 'slots'"), (dict(slots=3), 'must divide')])
 def test_settings_are_strict(tmp_path, wrong, says):
     with pytest.raises(ValueError, match=says): corpus(numbered(tmp_path), **wrong)
