@@ -108,9 +108,9 @@ class Captions(NamedTuple):
         texts: list,  # B prompts; '' is the unconditional one
         device=None,
     ):  # -> ids [B, T], mask [B, T]
-        "Padded on the left; a long prompt is cut."
+        "Padded on the left; in lower case and without outer spaces, as SanaPipeline has them; a long prompt is cut."
         first = [self.tokenizer.bos_token_id]
-        rows = [first + word_ids(self.tokenizer, t)[: self.max_tokens - 1] for t in texts]
+        rows = [first + word_ids(self.tokenizer, t.lower().strip())[: self.max_tokens - 1] for t in texts]
         return pad_left(rows, self.tokenizer.pad_token_id, device)
 
 # %% ../../nbs/backbones/sana.ipynb #89aee3a8
