@@ -4,9 +4,9 @@ import torch
 import pytest
 from torch import nn
 from conftest import SPAR, run
-from spar.backbones.words import Tokenised
+from spar.backbones.dcae import DCAE, mini_dcae
 from spar.running.benchmark import parts_table, stages_table
-from spar.running.step_cost import forward_parts, measured, PARTS, phases, Training
+from spar.running.step_cost import forward_parts, measured, STEP_PARTS, phases, Training
 from spar.tokenizer.training import ReconstructionLoss, TokenizerObjective
 from spar.training.objective import Objective, TrainConfig
 from spar.unified.training import StageConfig, UnifiedObjective
@@ -34,8 +34,9 @@ def unified():
 def tokenizer():
     "Stage III of the tokenizer: latents first, then pixels, then the critic."
     t = tiny_unified(vocabulary()).image_tokenizer
-    loss = dict(train_encoder=True, train_decoder=True, lambda_s=.1, lambda_gan=.1, lpips=0, pixels_start=.3, gan_start=.6, critic_width=8)
-    objective = TokenizerObjective(t, ReconstructionLoss.from_dict(loss), encoder=t.encoder)
+    dcae = DCAE(mini_dcae(channels=(16, 16, 32, 32), enc_layers=(0, 1, 1, 1), dec_layers=(0, 1, 1, 1)))
+    loss = dict(train_encoder=True, train_decoder=True, lambda_p=1, lambda_s=.1, lambda_gan=.1, lpips=0, pixels_start=.3, gan_start=.6, critic_width=8)
+    objective = TokenizerObjective(t, ReconstructionLoss.from_dict(loss), dcae=dcae, encoder=t.encoder)
     return Training('third', objective, Pictures(), train())
 
 class Pictures:
@@ -45,10 +46,10 @@ class Pictures:
 def check(cases: list[dict]):
     "Parts are named, add up to the step, and stand in the tables."
     for c in cases:
-        assert AROUND <= c['ms'].keys() <= set(PARTS)
+        assert AROUND <= c['ms'].keys() <= set(STEP_PARTS)
         for part, (low, median, high) in c['ms'].items(): assert 0 <= low <= median <= high, part
         assert abs(sum(v[1] for v in c['ms'].values()) / c['step_ms'][1] - 1) < .35     # medians of few steps
-        assert all(c['gflop'][p] > 0 for p in ('backward', 'optimiser')) and not c['gflop']['reading'] and not c['gflop']['EMA']
+        assert c['gflop']['backward'] > 0 and not c['gflop']['reading'] and not c['gflop']['EMA']
         assert c['samples_a_second'] == pytest.approx(c['batch_size'] / c['step_ms'][1] * 1e3)
     text = parts_table(cases)
     for part in {p for c in cases for p in c['ms']} | {'step'}: assert f'| {part} |' in text
@@ -62,6 +63,7 @@ def test_a_unified_stage_by_task(unified):
     assert tasks.keys() == {'editing', 'generation'} and sum(c['repetitions'] for c in cases) == 6
     for c in cases:
         assert {'encoder', 'streams', 'language model', 'connector', 'transformer', 'head'} <= c['ms'].keys()
+        assert c['gflop']['optimiser'] > 0, 'Muon multiplies matrices'
         assert c['draws_a_second'] == pytest.approx(c['samples_a_second']), 'one draw of noise a sample'
     assert tasks['editing']['gflop']['encoder'] == pytest.approx(2 * tasks['generation']['gflop']['encoder']), 'source and target'
     assert tasks['editing']['gflop']['language model'] > tasks['generation']['gflop']['language model'], 'a longer prompt'
@@ -73,8 +75,9 @@ def test_a_tokenizer_stage_by_phase(tokenizer):
     assert [(p.first, p.steps) for p in phases(tokenizer)] == [(0, 3), (3, 3), (6, 4)]
     cases = measured(tokenizer, steps=3, warm=1)
     check(cases)
+    assert all({'encoder', 'streams', 'DC-AE encoder'} <= c['ms'].keys() for c in cases)
     assert ['decoder' in c['ms'] for c in cases] == [False, True, True] and ['critic' in c['ms'] for c in cases] == [False, False, True]
-    assert [c['terms'] for c in cases] == [['L_s'], ['mse', 'L_s'], ['mse', 'L_s', 'L_GAN', 'critic', 'lecam']]
+    assert [c['terms'] for c in cases] == [['L_p', 'L_s'], ['mse', 'L_p', 'L_s'], ['mse', 'L_p', 'L_s', 'L_GAN', 'critic', 'lecam']]
     assert all(c['draws_a_second'] is None for c in cases), 'nothing is drawn from noise'
     after = tokenizer.objective.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items()) and torch.equal(random, torch.get_rng_state())

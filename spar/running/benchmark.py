@@ -20,7 +20,7 @@ from ..machine import provenance
 import torch
 from ..evaluation.tables import markdown_table
 from .profiles import notebook_of, resolved, stage_names
-from .step_cost import clock_of, measured, PARTS, Training
+from .step_cost import clock_of, measured, STEP_PARTS, Training
 from ..training.notebook import code_cells, parameters, profile_name, python_of
 from ..training.stage import Stage
 
@@ -120,7 +120,7 @@ def stages_table(cases: list[dict], machine: dict) -> str:
 
 def parts_table(cases: list[dict]) -> str:
     "Milliseconds of every part, a column for every task of every phase of one stage."
-    rows = {p: {_label(c): _spread(c['ms'][p]) for c in cases if p in c['ms']} for p in PARTS}
+    rows = {p: {_label(c): _spread(c['ms'][p]) for c in cases if p in c['ms']} for p in STEP_PARTS}
     rows['step'] = {_label(c): _spread(c['step_ms']) for c in cases}
     columns = [_label(c) for c in cases]
     return markdown_table({p: r for p, r in rows.items() if r}, columns, corner='ms')
