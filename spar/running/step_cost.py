@@ -172,7 +172,8 @@ def _started(t: Training):
 # %% ../../nbs/running/step_cost.ipynb #0d94bb7f
 def _micros(t: Training, first: int, steps: int):
     "The micro-batches of every step from `first` on, also beyond the training's end: samples have no end."
-    batches = iter(micro_batches(t.data, replace(t.train, steps=first + steps), first))
+    order = replace(t.train, steps=first + steps, warmup=0)      # of samples alone, not of rates
+    batches = iter(micro_batches(t.data, order, first))
     return iter(lambda: list(itertools.islice(batches, t.train.accumulate)), [])
 
 def take_step(
@@ -238,13 +239,13 @@ def _flops(run: Run, phase: Phase, micros: list[dict], seed: int) -> dict[str, f
 # %% ../../nbs/running/step_cost.ipynb #4fa69dca
 def quartiles(values) -> list[float]: return [float(q) for q in np.percentile(list(values), (25, 50, 75))]
 
-def _case(t: Training, phase: Phase, task: str, rows: list, flops: dict) -> dict:
+def _case(t: Training, phase: Phase, task: str, precision: str, rows: list, flops: dict) -> dict:
     "The numbers of one task in one phase of a stage: times are [lower quartile, median, upper quartile]."
     names = [p for p in STEP_PARTS if any(p in spent for spent, _, _ in rows)]
     step = quartiles(sum(spent.values()) for spent, _, _ in rows)
     return dict(
         stage=t.stage, terms=list(phase.terms), task=task, phase_steps=phase.steps, stage_steps=t.train.steps,
-        repetitions=len(rows), batch_size=t.train.batch_size, threads=torch.get_num_threads(),
+        precision=precision, repetitions=len(rows), batch_size=t.train.batch_size, threads=torch.get_num_threads(),
         ms={p: quartiles(1e3 * spent.get(p, 0.) for spent, _, _ in rows) for p in names},
         step_ms=[1e3 * s for s in step], samples_a_second=t.train.batch_size / step[1],
         draws_a_second=rows[0][1] / step[1] or None, gflop={p: flops.get(p, 0) / 1e9 for p in names},
@@ -261,5 +262,6 @@ def measured(
     with _started(t) as run:
         for phase in phases(t):
             for task, rows in sorted(_timed(run, t, phase, steps, warm).items()):
-                found.append(_case(t, phase, task, rows, _flops(run, phase, rows[0][2], t.seed)))
+                flops = _flops(run, phase, rows[0][2], t.seed)
+                found.append(_case(t, phase, task, run.acc.mixed_precision, rows, flops))
     return found
