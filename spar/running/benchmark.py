@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
-from ..core import pick_device, read_json
+from ..core import one_of, pick_device, read_json
 from ..machine import provenance
 import torch
 from ..evaluation.tables import markdown_table
@@ -123,22 +123,22 @@ def _spread(v: list[float]) -> str: return f'{v[1]:.1f} ({v[0]:.1f} to {v[2]:.1f
 def stages_table(cases: list[dict], machine: dict) -> str:
     "A row for every task of every phase."
     return markdown_table({_label(c): {
-        'of the steps': f'{c["phase_steps"] / c["stage_steps"]:.0%}', 'batch': c['batch_size'], 'n': c['repetitions'],
+        'phase': f'{c["phase_steps"] / c["stage_steps"]:.0%}', 'batch': c['batch_size'], 'n': c['repetitions'],
         'ms a step': _spread(c['step_ms']), 'samples/s': c['samples_a_second'], 'draws/s': c['draws_a_second'],
         'GFLOP': sum(c['gflop'].values()), 'GFLOP/s': c['gflop_a_second'],
-        'of the peak': f'{share_of_peak(c, machine):.0%}',
+        'of the peak': f'{share_of_peak(c, machine):.1%}',
     } for c in cases}, corner='stage, task: terms', digits=1)
 
 def _part(c: dict, part: str, machine: dict) -> str:
     "Median and quartiles in ms; of what multiplies matrices also its own share of the peak."
     share = c['gflop'][part] / (c['ms'][part][1] or math.inf) * 1e3 / peak_of(c, machine)
-    return _spread(c['ms'][part]) + (f', {share:.0%}' if share else '')
+    return _spread(c['ms'][part]) + (f', {share:.1%}' if share else '')
 
 def parts_table(cases: list[dict], machine: dict) -> str:
     "A row for every part, a column for every task of every phase of one stage."
     columns = {f'{c["task"]}: {" ".join(c["terms"])}': c for c in cases}
     rows = {p: {k: _part(c, p, machine) for k, c in columns.items() if p in c['ms']} for p in STEP_PARTS}
-    rows['step'] = {k: f'{_spread(c["step_ms"])}, {share_of_peak(c, machine):.0%}' for k, c in columns.items()}
+    rows['step'] = {k: f'{_spread(c["step_ms"])}, {share_of_peak(c, machine):.1%}' for k, c in columns.items()}
     return markdown_table({p: r for p, r in rows.items() if r}, list(columns), f'{cases[0]["stage"]}: ms, of the peak')
 
 # %% ../../nbs/running/benchmark.ipynb #94f5b997
@@ -206,7 +206,8 @@ def benchmark_runs(
     batches: list[int] | None = None,  # samples a step; None: the profile's
 ) -> list[dict]:  # 'machine' and 'cases' for every number of threads and batch size
     "Measure every stage in every setting."
-    names, own = _possible(stages or training_stages(), profile, bool(stages)), torch.get_num_threads()
+    known, own = training_stages(), torch.get_num_threads()
+    names = _possible([one_of(s, known, 'training stage') for s in stages or known], profile, bool(stages))
     settings = list(itertools.product(threads or [own], batches or [None]))
     runs, precision = [], resolved(names[0], profile)['train'].get('precision', 'auto')
     try:
