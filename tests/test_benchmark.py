@@ -74,6 +74,7 @@ def test_a_unified_stage_by_task(unified):
     assert tasks.keys() == {'editing', 'generation'} and sum(c['repetitions'] for c in cases) == 6
     for c in cases:
         assert {'encoder', 'streams', 'language model', 'connector', 'transformer', 'head'} <= c['ms'].keys()
+        assert c['gflop']['backward'] < 2.1 * sum(v for p, v in c['gflop'].items() if p not in ('backward', 'optimiser')), 'depthwise'
         assert c['gflop']['optimiser'] > 0, 'Muon multiplies matrices'
         assert c['draws_a_second'] == pytest.approx(c['samples_a_second']), 'one draw of noise a sample'
     assert tasks['editing']['gflop']['encoder'] == pytest.approx(2 * tasks['generation']['gflop']['encoder']), 'source and target'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP_PARTS', 'Spans', 'forward_parts', 'watched', 'Training', 'Phase', 'phases', 'task_of', 'take_step', 'clock_of',
-           'quartiles', 'measured']
+           'flop_counter', 'quartiles', 'measured']
 
 # %% ../../nbs/running/step_cost.ipynb #83ea720b
 import contextlib
@@ -21,7 +21,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_dc import Decoder as PixelDecoder, Encoder as PixelEncoder
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import conv_flop_count, FlopCounterMode
 from ..backbones.mllm import Encoder, MLLM
 from ..backbones.perceptual import PerceptualMini, PerceptualVGG
 from ..backbones.sana import Text2Image
@@ -210,6 +210,23 @@ def _counted_draws(objective: nn.Module):
     finally:
         for h in handles: h.remove()
 
+# %% ../../nbs/running/step_cost.ipynb #4eee185b
+class _NoModules(contextlib.nullcontext):
+    "In place of torch's tracker of modules."
+    parents = {'Global'}
+
+def _convolution_backward(grad, x, weight, *more, out_shape=None) -> int:
+    "For each gradient that is asked for, of input and weights, as many operations as forward; all are shapes."
+    *_, transposed, _, _, wanted = more      # ..., transposed, output padding, groups, which gradients
+    return conv_flop_count(x, weight, grad, transposed) * sum(wanted[:2])
+
+def flop_counter() -> FlopCounterMode:
+    "A counter of floating-point operations, two for a multiplication with its addition."
+    ours = {torch.ops.aten.convolution_backward: _convolution_backward}
+    counter = FlopCounterMode(display=False, custom_mapping=ours)
+    counter.mod_tracker = _NoModules()
+    return counter
+
 # %% ../../nbs/running/step_cost.ipynb #db4cac8b
 def _timed(run: Run, t: Training, phase: Phase, steps: int, warm: int) -> dict[str, list]:
     "Task -> (seconds of every part, draws, micro-batches) of each step."
@@ -223,15 +240,9 @@ def _timed(run: Run, t: Training, phase: Phase, steps: int, warm: int) -> dict[s
             if i >= warm: found[' and '.join(sorted({task_of(b) for b in micros}))].append((spent, drawn, micros))
     return found
 
-class _NoModules(contextlib.nullcontext):
-    "In place of torch's own tracker of modules, which stops at a view that is made without gradients."
-    parents = {'Global'}
-
 def _flops(run: Run, phase: Phase, micros: list[dict], seed: int) -> dict[str, float]:
     "Floating-point operations of every part of one step."
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
-    with counter, watched(run, spans := Spans(counter.get_total_flops)):
+    with flop_counter() as counter, watched(run, spans := Spans(counter.get_total_flops)):
         run.step = phase.first
         take_step(run, iter([micros]), spans, seed)
     return spans.taken()
