@@ -69,6 +69,7 @@ COMMANDS = {
     'answer': 'spar.cli:answer',
     'words': 'spar.cli:words',
     'stage': 'spar.running.cli:stage',
+    'benchmark': 'spar.running.cli:benchmark',
     'models': 'spar.scale.models.cli:models',
     'data': {'check': 'spar.scale.data.cli:check', 'pack': 'spar.scale.data.cli:pack'},
     'evaluate': {
@@ -124,7 +125,7 @@ def _found(argv: list[str], name: str = 'spar', table=None) -> tuple:  # (full n
 # %% ../nbs/using/command.ipynb #fadaa9e0
 def _missing(e: ModuleNotFoundError, name: str) -> str:
     "What to install for a module that is not there."
-    extra = 'train' if name == 'spar stage' else 'scale'
+    extra = 'train' if name in ('spar stage', 'spar benchmark') else 'scale'
     return f'{e.name} is not installed. This command needs more than the others: pip install "spar[{extra}]".'
 
 def _one_line(e: BaseException) -> str: return ' '.join(str(e).splitlines()) or type(e).__name__

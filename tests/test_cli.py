@@ -78,8 +78,8 @@ def imported(*argv, cwd) -> set:
     done = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'spar', *map(str, argv)], cwd=cwd, env=environment(ROOT), capture_output=True, text=True)
     return {m.strip().partition('.')[0] for m in re.findall(r'^import time:.*\|([^|]*)$', done.stderr, re.M)}
 
-@pytest.mark.parametrize('argv', [['--help'], ['generate', '--help'], ['stage', '--help'], ['models', '--help'], ['data', 'check', '--help'], ['evaluate', 'wise', '--help'], ['export', '--help'],
-                                  ['baselines', '--help'], ['generate', 'a star', '--steps', '0'], ['stage', 'x']])
+@pytest.mark.parametrize('argv', [['--help'], ['generate', '--help'], ['stage', '--help'], ['benchmark', '--help'], ['models', '--help'], ['data', 'check', '--help'], ['evaluate', 'wise', '--help'], ['export', '--help'],
+                                  ['baselines', '--help'], ['generate', 'a star', '--steps', '0'], ['stage', 'x'], ['benchmark', '--batch', '0']])
 def test_what_says_no_imports_nothing_heavy(argv, tmp_path):
     found = imported(*argv, cwd=tmp_path); assert 'argparse' in found and not found & HEAVY
 
