@@ -173,7 +173,7 @@ def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_mod
     smoked['unified_1_connector'] |= inputs
     (smoke/'configs/finer.yaml').write_text(yaml.safe_dump(smoked))
     for stage in ('tokenizer_3_encoder', 'unified_1_connector'): assert (done := run([*SPAR, 'stage', stage, '--profile', 'finer'], smoke)).returncode == 0, done.stderr[-3000:]
-    side = lambda folder: json.loads((smoke/folder/'config.json').read_text())['side']
+    side = lambda folder: json.loads((smoke/folder/'config.json').read_text())['cfg']['side']
     assert side('artifacts/smoke/tokenizer_3_encoder') == 64 and side('artifacts/finer/tokenizer_3_encoder') == 128
     rows = list(csv.DictReader(open(smoke/'plots/finer/tokenizer_3_encoder/finer.csv')))
     assert rows[-1]['step'] == '3' and all(r['L_GAN'] for r in rows)          # the adversary is there from the start
