@@ -112,7 +112,7 @@ def test_micro_batches_are_one_step():
     whole, parted = (measured(Training('line', Line(), Pictures(), train(batch_size=4, accumulate=n, optimizer='adamw')), 2)[0] for n in (1, 2))
     assert whole['gflop']['other forward'] == parted['gflop']['other forward'] == 2 * 4 * 32 * 32 / 1e9
 
-@pytest.mark.smoke
+@pytest.mark.slow
 def test_the_command_in_a_copy_of_the_repository(tmp_path):
     from conftest import clone
     tree = clone(tmp_path)

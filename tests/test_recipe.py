@@ -48,7 +48,7 @@ def test_the_row_sets_the_recipes_values_over_the_miniature(tmp_path, monkeypatc
         got, wanted = dict(leaves(complete(stage, 'again'))), dict(leaves(complete(stage, 'spar-1b')))
         for key in dict(leaves(settings)): assert got[key] == wanted[key], f'{stage}.{key}'
 
-@pytest.mark.smoke
+@pytest.mark.slow
 def test_the_recipe_takes_a_step_in_every_stage(tmp_path):
     tree = clone(tmp_path)
     profile = overlaid(sections('smoke'), ablations()['paper_recipe'])
