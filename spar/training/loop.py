@@ -238,7 +238,7 @@ def fit(
     if cfg.look_every and look is None:
         raise ValueError(f'look_every {cfg.look_every} has no effect: this training looks at nothing. Leave it out.')
     alone = contextlib.nullcontext() if exported_step() else only_writer(run)
-    with alone, _signals() as noted:
+    with _signals() as noted, alone:      # whoever sees the lock may already send a signal
         r = Run(objective, cfg, run, parts, dataset)
         if not exported_step(): _train(r, dataset, seed, look, noted)
         return _finish(r, look)
