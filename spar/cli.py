@@ -259,6 +259,7 @@ def edit_picture(
     num: int = 1,  # pictures; the further ones get -1, -2, ... before the ending
     steps: int = 20,  # from noise to picture, 1 to 1000
     guidance: float = 4.5,  # how hard to follow the text, 0 to 100
+    image_guidance: float = 1.0,  # above 1 keeps closer to the picture, 0 to 100
     seed: int = 0,  # another number, another picture; the same number, the same picture
     model: str | None = None,  # a SparPipeline folder (default: the profile's in params.yaml; `make repro` makes it)
     device: str | None = None,  # cpu, cuda, cuda:1, mps (default: the best there is)
@@ -270,13 +271,15 @@ def edit_picture(
       spar edit photo.png "remove the heart" --seed 3"""
     check_device(device)
     _check_sampling(steps, guidance, seed, num)
+    check_option('--image-guidance', image_guidance, 0, 100)
     check_picture(image)
     files = targets(out, None, num)
     vocab = vocabulary_of(model_folder(model))
     check_asked([('instruction', instruction)], vocab)
     pipe = loaded(model, device)
     _say_never_drawn(pipe, [instruction], vocab)
-    result = pipe.edit(image, instruction, **_sampling(steps, guidance, seed, num))
+    sampling = _sampling(steps, guidance, seed, num) | dict(image_guidance_scale=image_guidance)
+    result = pipe.edit(image, instruction, **sampling)
     for note in result.notes: _note(note)
     _save(result.images, files[0])
 

@@ -62,6 +62,7 @@ class _Generates:
         callback_on_step_end=None,  # called with (pipeline, step, time, tensors) after every step of a batch
         callback_on_step_end_tensor_inputs=('latents',),  # names of the tensors that it is given and may change
         fit: str = 'crop',  # of an image that is not square: crop | pad | squash
+        image_guidance_scale: float = 1.0,  # of an edit: above 1 keeps closer to the image
     ) -> SparOutput:  # .images: the pictures of the first prompt, then of the second, ...
         "Draw pictures for prompts, or change pictures as prompts say."
         one_of(output_type, OUTPUTS, 'output_type')
@@ -70,7 +71,8 @@ class _Generates:
         callback = checked_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         notes = shift_notes(self)
         texts, reference, seen = inputs_of(self, prompt, image, fit)
-        how, start = (num_inference_steps, guidance_scale, num_images_per_prompt), (seed, generator, latents)
+        how = (num_inference_steps, guidance_scale, image_guidance_scale, num_images_per_prompt)
+        start = (seed, generator, latents)
         r = request_of(self, texts, reference, negative_prompt, how, start, callback)
         images = drawn(self, r, whole_number(batch_size, 'batch_size', 1), output_type)
         out = SparOutput(images=images, notes=seen + notes)
@@ -219,7 +221,7 @@ class _Parts:
     def size(self) -> tuple:
         "(c, h, w) of a latent."
         h = self.image_tokenizer.encoder.grid()
-        return self.transformer.config.in_channels, h, h
+        return self.transformer.config.out_channels, h, h
 
     def words(self) -> list[str]:
         "Every word that prompts may use."
@@ -295,10 +297,11 @@ class _Samples:
         guidance_scale: float = 4.5,
         seed: int = 0,
         indices=None,  # B numbers of pictures: the noise of each follows from (seed, number)
+        image_guidance_scale: float = 1.0,
     ) -> torch.Tensor:  # [B, 3, f h, f h], about [-1, 1], fp32 on the CPU
         "Pictures for prompts, or edits of references, as the decoder gives them."
         noise = start_noise(self.size(), len(prompts), seed, indices)
-        how, start = (num_inference_steps, guidance_scale, 1), (None, None, noise)
+        how, start = (num_inference_steps, guidance_scale, image_guidance_scale, 1), (None, None, noise)
         r = request_of(self, prompts, reference, None, how, start, (None, ()))
         with self.computing(): return self.decode(denoised(self, r)).float().cpu()
 

@@ -12,7 +12,7 @@ from spar.core import write_json
 from spar.pipeline import SparOutput, SparPipeline
 from spar.tokenizer.model import Tokenizer
 from spar.unified.condition import Condition
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_unified
 
 WORDS = ['a red star left of blue heart what colour is this ? make it green']
 PARTS = ['condition', 'image_tokenizer', 'mllm', 'scheduler', 'tokenizer', 'transformer']
@@ -283,6 +283,22 @@ def test_a_condition_at_the_width_of_the_transformer(pipe, tmp_path):
     linear = SparPipeline.from_unified(unified, 'no'); linear.save_pretrained(tmp_path/'p')
     assert bytes_of(SparPipeline.from_pretrained(tmp_path/'p', 'cpu', 'no')('a red star', 2)) == bytes_of(linear('a red star', 2)) != bytes_of(pipe('a red star', 2))
     pipe.opened_mllm      # the fixture's condition reads it again
+
+@pytest.mark.parametrize('reference', ['features', 'channels', 'tokens'])
+def test_edits_see_their_reference_as_in_training(reference, tmp_path):
+    "The pipeline edits as `Unified.sample` does, saved and loaded too, and honours the reference's own guidance."
+    model, x = tiny_unified(WORDS, dict(reference=reference)), torch.rand(1, 3, 64, 64) * 2 - 1
+    if reference == 'channels':
+        with torch.no_grad(): model.transformer.patch_embed.proj.weight[:, 16:] += .1
+    SparPipeline.from_unified(model, precision='no').save_pretrained(tmp_path/'p')
+    pipe, drawn = SparPipeline.from_pretrained(tmp_path/'p', device='cpu', precision='no'), {}
+    for scale in (1., 2.):
+        kw = dict(num_inference_steps=2, guidance_scale=3., image_guidance_scale=scale)
+        drawn[scale] = pipe.sample(['make it green'], x, **kw)
+        assert torch.allclose(drawn[scale].clamp(-1, 1), model.sample(['make it green'], x, **kw), atol=1e-4)
+    assert not torch.allclose(drawn[1.], drawn[2.], atol=1e-3)
+    assert not torch.allclose(drawn[1.], pipe.sample(['make it green'], -x, num_inference_steps=2, guidance_scale=3.), atol=1e-3)
+    with pytest.raises(ValueError, match='image_guidance_scale: 2.0, without effect'): pipe('a red star', image_guidance_scale=2.)
 
 def test_other_schedulers_say_what_to_use(pipe):
     p = copy.deepcopy(pipe); p.scheduler = DDIMScheduler()

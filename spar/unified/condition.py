@@ -21,6 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 from ..backbones.mllm import Chat, MLLM, pad_left, plain_json
 from ..backbones.saved import load_saved, SavedModel
 from .layers import as_bias, tap, tap_layers
+from .reference import REFERENCES
 from .routing import Routing, RoutingConfig, shares
 
 # %% ../../nbs/method/10_condition.ipynb #9f7fc81a
@@ -31,10 +32,13 @@ class ConditionConfig(Config):
     layers: PositiveInt = 2    # n, layers copied into the connector (6 at full scale)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     reinject: bool = True          # overwrite the reference's positions by its own features after routing
+    reference: str = 'features'    # features | channels | tokens: what else an edit gives, see nbs/method/12_reference
     projection: str = 'sana'       # sana | linear: how a condition enters the transformer, see below; both (ours)
     checkpoint: bool = False       # recompute activations of the language model in the backward pass
 
-    def __post_init__(self): one_of(self.projection, ('sana', 'linear'), 'ConditionConfig.projection')
+    def __post_init__(self):
+        one_of(self.projection, ('sana', 'linear'), 'ConditionConfig.projection')
+        one_of(self.reference, REFERENCES, 'ConditionConfig.reference')
 
 # %% ../../nbs/method/10_condition.ipynb #59e64278
 def instruction(

@@ -79,8 +79,9 @@ def whole_number(value, name: str, low: int, high: int | None = None) -> int:
     if fine and value >= low and (high is None or value <= high): return int(value)
     raise ValueError(f'{name}: {value!r}; a whole number from {low} {"on" if high is None else f"to {high}"}.')
 
-def check_guidance(value):
+def check_guidance(value, name: str = 'guidance_scale'):
     "Guidance from 0 to 100."
     fine = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if fine and 0 <= value <= 100: return
-    raise ValueError(f'guidance_scale: {value!r}; a number from 0 (ignore the prompt) to 100, usually 4.5.')
+    ignored, usual = dict(guidance_scale=('prompt', 4.5)).get(name, ('picture', 1))
+    raise ValueError(f'{name}: {value!r}; a number from 0 (ignore the {ignored}) to 100, usually {usual}.')

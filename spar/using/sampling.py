@@ -15,6 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..images import check_finite, in_range, to_pil
 from ..unified.condition import pass_projection_by
 from ..unified.flow import both_conditions, guided_velocity, start_noise
+from ..unified.reference import source_latent
 from .inputs import as_list, check_guidance, checked_texts, paired, plain_text, whole_number
 
 # %% ../../nbs/using/sampling.ipynb #c4e728e4
@@ -80,6 +81,7 @@ class Request:
     noise: torch.Tensor
     steps: int
     scale: float
+    image_scale: float = 1.0     # of the reference; 1: no guidance by it
     callback: object = None
     inputs: tuple = ()           # of the tensors above, those the callback is given
 
@@ -87,7 +89,8 @@ class Request:
         "A batch of it."
         def cut(v): return None if v is None else v[b]
         fields = ('texts', 'negatives', 'reference', 'noise')
-        return Request(*(cut(getattr(self, f)) for f in fields), self.steps, self.scale, self.callback, self.inputs)
+        how = (self.steps, self.scale, self.image_scale, self.callback, self.inputs)
+        return Request(*(cut(getattr(self, f)) for f in fields), *how)
 
 def slices(n: int, size: int) -> list[slice]: return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
@@ -101,7 +104,9 @@ def _conditions(pipe, r: Request) -> dict:
     cond = pipe.condition(r.texts, f_v)
     empty = cond if r.negatives is None else pipe.condition(r.negatives, f_v)
     tensors = dict(latents=r.noise.to(device), prompt_embeds=cond.tokens, negative_prompt_embeds=empty.tokens)
-    return dict(tensors=tensors, masks=(cond.mask, empty.mask))
+    source = source_latent(pipe.image_tokenizer, f_v, pipe.condition.cfg.reference)
+    nothing = None if r.image_scale == 1 else pipe.condition([''] * len(r.texts))[:2]
+    return dict(tensors=tensors, masks=(cond.mask, empty.mask), source=source, nothing=nothing)
 
 def _velocity(pipe, r: Request, state: dict, sigma: float) -> torch.Tensor:
     "One guided prediction, fp32."
@@ -111,7 +116,10 @@ def _velocity(pipe, r: Request, state: dict, sigma: float) -> torch.Tensor:
         tokens, mask = both_conditions((tokens, mask), (t['negative_prompt_embeds'], none))
     times = torch.full((len(x),), sigma, device=x.device)
     scale = 1.0 if r.negatives is None else r.scale
-    return guided_velocity(pipe.transformer, x, times, tokens.to(dtype), mask, scale).float()
+    source, nothing = state['source'], state['nothing']
+    more = dict(source=None if source is None else source.to(dtype), image_guidance=r.image_scale,
+                nothing=nothing and (nothing[0].to(dtype), nothing[1]))
+    return guided_velocity(pipe.transformer, x, times, tokens.to(dtype), mask, scale, **more).float()
 
 # %% ../../nbs/using/sampling.ipynb #a9703a92
 def denoised(pipe, r: Request) -> torch.Tensor:  # [B, c, h, w] a clean latent, fp32
@@ -138,12 +146,12 @@ def checked_callback(callback, inputs) -> tuple:
     for name in inputs: one_of(name, STEP_TENSORS, 'callback_on_step_end_tensor_inputs')
     return callback, tuple(inputs)
 
-def _negatives(pipe, negative, texts: list, scale: float) -> list | None:
+def _negatives(pipe, negative, texts: list, scale: float, image_scale: float) -> list | None:
     "What guidance leads away from, one text a prompt; None without guidance."
     given = [t for t in as_list(negative) if t] if negative is not None else []
     if given and scale == 1:
         raise ValueError('negative_prompt: without effect at guidance_scale=1; leave one of them out.')
-    if scale == 1: return None
+    if scale == image_scale == 1: return None
     if not given: return [''] * len(texts)
     checked_texts(given, pipe.tokenizer, 'negative_prompt')
     many = [plain_text(t) for t in as_list(negative)]
@@ -177,15 +185,18 @@ def inputs_of(pipe, prompt, image, fit: str) -> tuple:
 
 def request_of(pipe, texts, reference, negative, how: tuple, start: tuple, callback: tuple) -> Request:
     "All numbers checked, one entry a picture."
-    steps, scale, per_text = how
+    steps, scale, image_scale, per_text = how
     steps = whole_number(steps, 'num_inference_steps', 1, 1000)
     per_text = whole_number(per_text, 'num_images_per_prompt', 1)
     check_guidance(scale)
-    negatives = _negatives(pipe, negative, texts, scale)
+    check_guidance(image_scale, 'image_guidance_scale')
+    if image_scale != 1 and reference is None:
+        raise ValueError(f'image_guidance_scale: {image_scale!r}, without effect where no picture is edited.')
+    negatives = _negatives(pipe, negative, texts, scale, image_scale)
     def each(v): return None if v is None else [t for t in v for _ in range(per_text)]
     if reference is not None: reference = reference.repeat_interleave(per_text, 0)
     noise = noise_of(pipe.size(), len(texts) * per_text, *start)
-    return Request(each(texts), each(negatives), reference, noise, steps, float(scale), *callback)
+    return Request(each(texts), each(negatives), reference, noise, steps, float(scale), float(image_scale), *callback)
 
 # %% ../../nbs/using/sampling.ipynb #5d90b251
 def drawn(pipe, r: Request, batch_size: int, output_type: str):

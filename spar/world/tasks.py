@@ -7,6 +7,7 @@ __all__ = ['SceneCaptions', 'Questions', 'Riddles', 'Edits']
 
 # %% ../../nbs/world/tasks.ipynb #199ec1e7
 from ..core import check_number, rng, Share
+import torch
 from .captions import caption, colourless
 from .datasets import as_image, Endless
 from .edits import edit, EDIT_KINDS
@@ -50,8 +51,11 @@ class Riddles(Endless):
 
 # %% ../../nbs/world/tasks.ipynb #d73844c8
 class Edits(Endless):
-    "`source`, `text`, `image` (the target), `kind`: sample k is of type k mod 9."
+    """`source`, `text`, `image` (the target), `region` (bool [64, 64]: what may change), `kind`.
+
+    Sample k is of type k mod 9."""
     def __getitem__(self, k):
         e = edit(EDIT_KINDS[k % len(EDIT_KINDS)], self.seed, self.split, k, self.dial)
         source, target = (as_image(render(s)) for s in (e.source, e.target))
-        return dict(source=source, text=e.instruction, image=target, kind=e.kind, index=k)
+        region = torch.from_numpy(e.region)
+        return dict(source=source, text=e.instruction, image=target, region=region, kind=e.kind, index=k)
