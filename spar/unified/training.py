@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from ..core import Config, NonNegativeFloat, normal, one_of, PositiveFloat, PositiveInt, uniform
+from ..core import Config, NonNegativeFloat, one_of, PositiveFloat, PositiveInt, uniform
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from ..training.loop import to_device
 from ..training.objective import Objective
 from .alignment import features_of
 from .condition import Sequence, sequence, with_reference
-from .flow import flow_loss, interpolate, sample_sigma, velocity
+from .flow import each_draw, flow_loss, interpolate, sample_noise, sample_sigma, velocity
 from .model import Unified
 from .reference import is_widened, source_latent
 
@@ -161,15 +161,6 @@ def words(self: UnifiedObjective, batch: dict) -> list[str] | Sequence:
     return with_reference(batch['prompt_ids'], batch['prompt_mask'], token, Q)
 
 # %% ../../nbs/method/15_unified_stages.ipynb #42447a3e
-def _noises(shape, seed: int, index: list[int], draws: int) -> torch.Tensor:
-    "[B draws, *shape] noise, the draws of a sample side by side; the first one whatever their number."
-    names = ['noise', *(f'noise {d}' for d in range(1, draws))]
-    return torch.stack([normal(shape, seed, name, index) for name in names], 1).flatten(0, 1)
-
-def _each(draws: int, *tensors):
-    "Every row as often as its sample is drawn; None stays None."
-    return [t if t is None or draws == 1 else t.repeat_interleave(draws, 0) for t in tensors]
-
 def _cell_weights(batch: dict, region: float, grid: tuple) -> torch.Tensor | None:
     "[B, 1, h, w], mean 1 in every sample: cells that an edit may change count `region` times as much as the others."
     if region == 1 or 'source' not in batch: return None
@@ -186,8 +177,8 @@ def terms(self: UnifiedObjective, batch: dict, weights: dict, player: str = 'mod
     f_v, draws, grid = self.reference(batch), self.cfg.draws, x0.shape[-2:]
     cond, source = m.condition(self.words(batch), f_v), source_latent(m.image_tokenizer, f_v, m.cfg.condition.reference)
     cells = _cell_weights(batch, self.cfg.region, grid)
-    x0, teacher, tokens, mask, source, cells = _each(draws, x0, teacher, cond.tokens, cond.mask, source, cells)
-    eps = _noises(x0.shape[1:], self.seed, index, draws).to(x0)
+    x0, teacher, tokens, mask, source, cells = each_draw(draws, x0, teacher, cond.tokens, cond.mask, source, cells)
+    eps = sample_noise(x0.shape[1:], self.seed, index, draws).to(x0)
     sigma = sample_sigma(self.seed, index, m.cfg.flow, draws).to(x0)
     with features_of(m.transformer, m.cfg.alignment.block) as seen:
         v = velocity(m.transformer, interpolate(x0, eps, sigma), sigma, tokens, mask, source)
