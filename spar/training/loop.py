@@ -176,6 +176,7 @@ def _step(r: Run, batches, micros: int, seed: int) -> dict:
     torch.manual_seed(seed_for(seed, 'step', r.step))
     seen = players_step(r, [to_device(b, r.acc.device) for b in itertools.islice(batches, micros)], r.step)
     moved = not any(s['step'] == r.step and s['player'] == 'model' for s in r.skipped[-1:])
+    if moved: r.objective.after_step()
     if r.ema and moved: r.ema.step(r.averaged)
     r.step += 1
     return seen
@@ -238,7 +239,7 @@ def fit(
     if cfg.look_every and look is None:
         raise ValueError(f'look_every {cfg.look_every} has no effect: this training looks at nothing. Leave it out.')
     alone = contextlib.nullcontext() if exported_step() else only_writer(run)
-    with alone, _signals() as noted:
+    with _signals() as noted, alone:      # whoever sees the lock may already send a signal
         r = Run(objective, cfg, run, parts, dataset)
         if not exported_step(): _train(r, dataset, seed, look, noted)
         return _finish(r, look)

@@ -9,7 +9,7 @@ __all__ = ['StageConfig', 'UnifiedObjective', 'validate', 'Watch']
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from ..core import Config, NonNegativeFloat, normal, one_of, uniform
+from ..core import Config, NonNegativeFloat, normal, one_of, Share, uniform
 import torch
 from fastcore.basics import patch
 from ..backbones.words import Tokenised
@@ -68,6 +68,7 @@ class StageConfig(Config):
     "What a training stage of the unified model sets."
     stage: str = 'connector'                # connector | joint | sft
     lambda_a: NonNegativeFloat = 0.5        # weight of L_align in stages II and III
+    align_until: Share = 1.0                # share of the stage after which L_align is off
     lr_transformer: NonNegativeFloat = 1.0  # learning rate of the transformer's body, relative to the rest
     head: str = 'saved'                     # saved | new: where stages II and III have the alignment head from
 
@@ -92,16 +93,21 @@ class UnifiedObjective(Objective):
         super().__init__()
         self.model, self.cfg, self.seed = model, cfg or StageConfig(), seed
         self.groups = model.set_stage(self.cfg.stage)
-        if self.cfg.lambda_a not in (0, StageConfig.lambda_a) and 'head' not in self.groups:
-            raise ValueError(f'lambda_a={self.cfg.lambda_a} without an alignment head has no effect: leave it out.')
+        for name, idle in (('lambda_a', (0, StageConfig.lambda_a)), ('align_until', (StageConfig.align_until,))):
+            if (value := getattr(self.cfg, name)) not in idle and 'head' not in self.groups:
+                raise ValueError(f'{name}={value} without an alignment head has no effect: leave it out.')
+        if self.weights(0.)['L_align'] and model.cfg.alignment.kind == 'ema': model.alignment.follow(model.transformer)
 
     def players(self):
         def scale(name): return self.cfg.lr_transformer if name == 'transformer' else 1.0
         return {'model': [dict(params=ps, lr_scale=scale(name)) for name, ps in self.groups.items()]}
 
     def weights(self, progress, player='model'):
-        align = self.cfg.lambda_a if 'head' in self.groups else 0.
-        return dict(L_fm=1.0, L_align=align)
+        until = self.cfg.align_until
+        on = 'head' in self.groups and (until == 1 or progress < until)
+        return dict(L_fm=1.0, L_align=self.cfg.lambda_a if on else 0.)
+
+    def after_step(self): self.model.alignment.after_step(self.model.transformer)
 
 # %% ../../nbs/method/14_unified_stages.ipynb #fe877423
 def _dropped(batch: dict, seed: int, share: float) -> list[str]:
@@ -147,6 +153,24 @@ def words(self: UnifiedObjective, batch: dict) -> list[str] | Sequence:
     Q, token = self.model.cfg.condition.queries, self.model.mllm.image_token
     return with_reference(batch['prompt_ids'], batch['prompt_mask'], token, Q)
 
+# %% ../../nbs/method/14_unified_stages.ipynb #26e943c1
+@patch
+@torch.no_grad()
+def ema_teacher(
+    self: UnifiedObjective,
+    x0: torch.Tensor,  # [B, c, h, w]
+    eps: torch.Tensor,
+    sigma: torch.Tensor,  # [B] times of the student
+    cond,  # Conditioned: .tokens [B, T, C], .mask [B, T]
+    index,  # B sample indices
+) -> torch.Tensor:  # [B, N, width]
+    "Alignment kind 'ema': what the transformer's average makes of the sample with less noise, after a later block."
+    a = self.model.alignment
+    earlier = a.less_noise(sigma, uniform((), self.seed, 'teacher time', index))
+    with features_of(a.average, a.cfg.teacher_block) as seen:
+        velocity(a.average, interpolate(x0, eps, earlier), earlier, cond.tokens, cond.mask)
+    return seen[0]
+
 # %% ../../nbs/method/14_unified_stages.ipynb #42447a3e
 @patch
 def terms(self: UnifiedObjective, batch: dict, weights: dict, player: str = 'model') -> dict:
@@ -156,6 +180,8 @@ def terms(self: UnifiedObjective, batch: dict, weights: dict, player: str = 'mod
     eps = normal(x0.shape[1:], self.seed, 'noise', index).to(x0)
     sigma = sample_sigma(self.seed, index, m.cfg.flow).to(x0)
     cond = m.condition(self.words(batch), self.reference(batch))
+    if 'L_align' in wanted and m.alignment.average is not None:
+        teacher = self.ema_teacher(x0, eps, sigma, cond, index)
     with features_of(m.transformer, m.cfg.alignment.block) as seen:
         v = velocity(m.transformer, interpolate(x0, eps, sigma), sigma, cond.tokens, cond.mask)
     term = dict(
