@@ -158,18 +158,20 @@ def words(self: UnifiedObjective, batch: dict) -> list[str] | Sequence:
 @torch.no_grad()
 def ema_teacher(
     self: UnifiedObjective,
-    x0: torch.Tensor,  # [B, c, h, w]
-    eps: torch.Tensor,
-    sigma: torch.Tensor,  # [B] times of the student
-    cond,  # Conditioned: .tokens [B, T, C], .mask [B, T]
-    index,  # B sample indices
-) -> torch.Tensor:  # [B, N, width]
+    x0: torch.Tensor,  # [B draws, c, h, w], the draws of a sample side by side
+    eps: torch.Tensor,  # the student's noise
+    sigma: torch.Tensor,  # [B draws] times of the student
+    index: list[int],  # B sample indices
+    *condition,  # what `velocity` is given beside them
+) -> torch.Tensor:  # [B draws, h w, width]
     "Alignment kind 'ema': what the transformer's average makes of the sample with less noise, after a later block."
-    a = self.model.alignment
-    earlier = a.less_noise(sigma, uniform((), self.seed, 'teacher time', index))
+    a, draws = self.model.alignment, len(sigma) // len(index)
+    names = ['teacher time', *(f'teacher time {d}' for d in range(1, draws))]
+    u = torch.stack([uniform((), self.seed, name, index) for name in names], 1).flatten()
+    earlier = a.less_noise(sigma, u)
     with features_of(a.average, a.cfg.teacher_block) as seen:
-        velocity(a.average, interpolate(x0, eps, earlier), earlier, cond.tokens, cond.mask)
-    return seen[0]
+        velocity(a.average, interpolate(x0, eps, earlier), earlier, *condition)
+    return seen[0][:, :x0[0, 0].numel()]
 
 # %% ../../nbs/method/14_unified_stages.ipynb #42447a3e
 @patch
@@ -181,7 +183,7 @@ def terms(self: UnifiedObjective, batch: dict, weights: dict, player: str = 'mod
     sigma = sample_sigma(self.seed, index, m.cfg.flow).to(x0)
     cond = m.condition(self.words(batch), self.reference(batch))
     if 'L_align' in wanted and m.alignment.average is not None:
-        teacher = self.ema_teacher(x0, eps, sigma, cond, index)
+        teacher = self.ema_teacher(x0, eps, sigma, index, cond.tokens, cond.mask)
     with features_of(m.transformer, m.cfg.alignment.block) as seen:
         v = velocity(m.transformer, interpolate(x0, eps, sigma), sigma, cond.tokens, cond.mask)
     term = dict(
