@@ -319,6 +319,17 @@ def test_alignment_that_cannot_be_is_refused(stage, cfg, says):
     with pytest.raises(ValueError, match=says): UnifiedObjective(tiny_unified(**cfg), StageConfig(**stage))
 
 
+# --- queries that begin as words ---
+
+def test_queries_begin_as_words_that_fit():
+    def queries(words): return tiny_unified(condition=dict(queries=3, layers=1, words=words)).condition
+    condition, random = queries('a red'), queries('').queries
+    ids = torch.tensor(encode_text(condition.mllm.tokenizer, 'a red'))
+    assert torch.equal(condition.queries[:2], condition.mllm.embed(ids)) and torch.equal(condition.queries[2:], random[2:])
+    with pytest.raises(ValueError, match='4 tokens, there are 3 queries'): queries('a red star left')
+    with pytest.raises(ValueError, match='rad'): queries('a rad star')
+
+
 # --- the conditional projection ---
 
 @pytest.mark.parametrize('projection', ['sana', 'linear'])
