@@ -24,6 +24,7 @@ from spar.unified.model import Unified, UnifiedConfig
 from spar.unified.training import StageConfig, UnifiedObjective, validate
 from spar.world.datasets import Mixture
 from spar.world.tasks import Edits, SceneCaptions
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from conftest import ROOT
 sys.path.insert(0, str(ROOT/'tools'))
@@ -246,6 +247,87 @@ def test_the_teacher_runs_where_its_term_has_a_weight(case, monkeypatch, tmp_pat
     Network.calls = 0
     fit(objective, objective.tokenised(Pairs()), TrainConfig(steps=1, batch_size=2, precision='no'), run=tmp_path/'run')
     assert (len(seen), Network.calls) == TEACHING[case]
+
+
+# --- the transformer's own average as teacher, and alignment that ends early ---
+
+OWN_AVERAGE = dict(alignment=dict(kind='ema', block=1, hidden=16, teacher_block=2))
+
+
+class Breaks(Pairs):
+    "Fails in the third step."
+    def __getitem__(self, k):
+        if k >= 9: raise RuntimeError('killed here')
+        return super().__getitem__(k)
+
+
+def trained(folder, data=Pairs(), steps=4, **stage):
+    "The objective and its history after some steps of stage II with its own average as teacher."
+    objective = UnifiedObjective(tiny_unified(**OWN_AVERAGE), StageConfig('joint', **stage))
+    cfg = TrainConfig(steps=steps, batch_size=4, accumulate=2, lr=1e-2, log_every=1, save_every=2, precision='no')
+    return objective, fit(objective, objective.tokenised(data), cfg, run=folder)
+
+
+def test_a_killed_run_with_its_own_average_as_teacher_ends_with_the_same_bits(tmp_path):
+    whole, history = trained(tmp_path/'whole')
+    with pytest.raises(RuntimeError, match='killed here'): trained(tmp_path/'killed', Breaks())
+    again, rows = trained(tmp_path/'killed')
+    assert rows.rows == history.rows and all('L_align' in r for r in rows.rows)
+    for part in ('named_parameters', 'named_buffers'):
+        theirs = dict(getattr(again, part)())
+        assert all(torch.equal(t, theirs[k]) for k, t in getattr(whole, part)()), part
+    assert len([*whole.model.alignment.average.buffers()]) > 10
+
+
+def test_the_average_moves_once_a_step_whatever_is_accumulated(tmp_path):
+    objective, _ = trained(tmp_path/'run', steps=1)
+    name = 'transformer_blocks.1.attn1.to_q.weight'
+    begun = dict(tiny_unified(**OWN_AVERAGE).transformer.named_parameters())[name]
+    after = torch.lerp(begun.detach(), load_file(tmp_path/'run/checkpoints/step-00000001/model.safetensors')[f'model.transformer.{name}'], .01)
+    assert torch.equal(dict(objective.model.alignment.average.named_buffers())[name], after) and not torch.equal(after, begun)
+
+
+def test_a_saved_model_has_no_teacher_and_the_next_stage_begins_a_new_one(tmp_path):
+    model = trained(tmp_path/'run', steps=1)[0].model
+    for head in (True, False): model.save_pretrained(tmp_path/str(head), head=head)
+    assert not any('average' in k for k in load_file(tmp_path/'True/model.safetensors'))
+    loaded = Unified.from_pretrained(tmp_path/'True', model.mllm, model.image_tokenizer)
+    assert loaded.alignment.average is None and loaded.cfg.alignment.kind == 'ema'
+    UnifiedObjective(loaded, StageConfig('sft'))
+    name = 'transformer_blocks.1.attn1.to_q.weight'
+    assert torch.equal(dict(loaded.alignment.average.named_buffers())[name], dict(model.transformer.named_parameters())[name])
+    assert Unified.from_pretrained(tmp_path/'False', model.mllm, model.image_tokenizer).cfg.alignment.kind == 'none'
+
+
+def test_alignment_ends_where_it_is_told_and_its_head_stays(tmp_path):
+    objective, history = trained(tmp_path/'run', align_until=.5)
+    assert ['L_align' in r for r in history.rows] == [True, True, False, False]
+    half = load_file(tmp_path/'run/checkpoints/step-00000004/optimizer_model.safetensors')
+    steps = {k: int(v) for k, v in half.items() if k.endswith(':step')}
+    assert {v for k, v in steps.items() if 'alignment.head' in k} == {2} and {v for k, v in steps.items() if 'head' not in k} == {4}
+    assert validate(objective, Pairs(), 2).keys() == {'L_fm'}
+
+
+@pytest.mark.parametrize('stage,cfg,says', [
+    (dict(stage='connector', align_until=.5), {}, 'align_until has no effect in stage connector'),
+    (dict(stage='joint', align_until=.5), dict(alignment=dict(kind='none')), 'align_until=0.5 without an alignment head'),
+    (dict(stage='joint'), dict(alignment=dict(kind='ema', block=1, teacher_block=3)), 'choose 2..2'),
+    (dict(stage='joint'), dict(alignment=dict(kind='self', decay=.5)), 'decay: no effect'),
+    (dict(stage='joint'), dict(alignment=dict(kind='ema', block=2, teacher_block=2)), 'must come after block 2'),
+])
+def test_alignment_that_cannot_be_is_refused(stage, cfg, says):
+    with pytest.raises(ValueError, match=says): UnifiedObjective(tiny_unified(**cfg), StageConfig(**stage))
+
+
+# --- queries that begin as words ---
+
+def test_queries_begin_as_words_that_fit():
+    def queries(words): return tiny_unified(condition=dict(queries=3, layers=1, words=words)).condition
+    condition, random = queries('a red'), queries('').queries
+    ids = torch.tensor(encode_text(condition.mllm.tokenizer, 'a red'))
+    assert torch.equal(condition.queries[:2], condition.mllm.embed(ids)) and torch.equal(condition.queries[2:], random[2:])
+    with pytest.raises(ValueError, match='4 tokens, there are 3 queries'): queries('a red star left')
+    with pytest.raises(ValueError, match='rad'): queries('a rad star')
 
 
 # --- the conditional projection ---

@@ -176,6 +176,7 @@ def _step(r: Run, batches, micros: int, seed: int) -> dict:
     torch.manual_seed(seed_for(seed, 'step', r.step))
     seen = players_step(r, [to_device(b, r.acc.device) for b in itertools.islice(batches, micros)], r.step)
     moved = not any(s['step'] == r.step and s['player'] == 'model' for s in r.skipped[-1:])
+    if moved: r.objective.after_step()
     if r.ema and moved: r.ema.step(r.averaged)
     r.step += 1
     return seen

@@ -34,6 +34,8 @@ class Objective(nn.Module):
     ) -> dict[str, torch.Tensor]:  # unweighted fp32 scalars, one a key of `weights`
         raise NotImplementedError
 
+    def after_step(self): "Called after each step: for what follows the weights, such as a teacher's average."
+
     def forward(self, batch, weights, player='model'): return self.terms(batch, weights, player)
 
 # %% ../../nbs/training/objective.ipynb #432184e1

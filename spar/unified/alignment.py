@@ -7,25 +7,37 @@ __all__ = ['AlignmentConfig', 'Head', 'match_grid', 'align_loss', 'features_of',
 
 # %% ../../nbs/method/11_alignment.ipynb #7d7cab92
 import contextlib
+import copy
 from dataclasses import dataclass
-from ..core import Config, one_of, PositiveInt
+from ..core import Config, Decay, one_of, PositiveInt, Share
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.distributed.tensor import DTensor
 
 # %% ../../nbs/method/11_alignment.ipynb #3086f294
-_KINDS = ('self', 'none', 'external')
+_KINDS = ('self', 'none', 'external', 'ema')
+_OF_EMA = dict(teacher_block=4, earlier=0.2, decay=0.99)     # defaults of what only kind 'ema' reads
 
 @dataclass
 class AlignmentConfig(Config):
     "Who teaches the transformer, and at which block."
-    kind: str = 'self'         # self | none | external
+    kind: str = 'self'         # self | none | external | ema
     # features after this block, counted from 1 (6 at full scale, about a third of the depth in miniature)
     block: PositiveInt = 2
     hidden: PositiveInt = 768  # width of the head (2048 at full scale, 4 x width in miniature)
+    teacher_block: PositiveInt = _OF_EMA['teacher_block']  # 'ema': the average's features after this later block
+    earlier: Share = _OF_EMA['earlier']                    # 'ema': by how much less noise the teacher sees, at most
+    decay: Decay = _OF_EMA['decay']                        # 'ema': of the average, in a step of the optimiser
 
-    def __post_init__(self): one_of(self.kind, _KINDS, 'alignment kind')
+    def __post_init__(self):
+        one_of(self.kind, _KINDS, 'alignment kind')
+        idle = [k for k, v in _OF_EMA.items() if getattr(self, k) != v]
+        if idle and self.kind in ('self', 'external'):
+            raise ValueError(f'{", ".join(idle)}: no effect with alignment kind {self.kind!r}, only with ema.')
+        if self.kind == 'ema' and self.teacher_block <= self.block:
+            raise ValueError(f'alignment teacher_block {self.teacher_block} must come after block {self.block}.')
 
 # %% ../../nbs/method/11_alignment.ipynb #4e0add15
 class Head(nn.Sequential):
@@ -98,7 +110,7 @@ class Alignment(nn.Module):
         self,
         cfg: AlignmentConfig,
         width: int,  # width of the transformer
-        D_t: int,  # width of the teacher's features (D_s for kind 'self')
+        D_t: int,  # width of the teacher's features (D_s for kind 'self', the transformer's for 'ema')
         network: nn.Module | None = None,  # for 'external': [B, 3, H, W] in [-1, 1] -> features [B, D_t, h, w]
     ):
         super().__init__()
@@ -106,6 +118,7 @@ class Alignment(nn.Module):
             goes = 'an external network goes with kind "external" and with no other.'
             raise ValueError(f'alignment kind {cfg.kind!r}: {goes}')
         self.cfg, self.network = cfg, [network]  # a list keeps the frozen network out of parameters and checkpoints
+        self.average: nn.Module | None = None      # kind 'ema': see `follow`
         if cfg.kind != 'none': self.head = Head(width, cfg.hidden, D_t)
 
     @property
@@ -118,7 +131,7 @@ def teacher(
     self: Alignment,
     images: Tensor,  # [B, 3, H, W] in [-1, 1], the clean targets
     f_v: Tensor,  # [B, N, D_s] the tuned encoder's features of them
-) -> Tensor | None:  # [B, M, D_t]; None for kind 'none'
+) -> Tensor | None:  # [B, M, D_t]; None for 'none', and for 'ema', which reads no picture
     "What the head has to point at."
     if self.cfg.kind == 'self': return f_v
     if self.cfg.kind == 'external':
@@ -129,9 +142,57 @@ def teacher(
 def loss(
     self: Alignment,
     f_dit: Tensor,  # [B, N, width] features after block b
-    teacher: Tensor,  # [B, M, D_t]
+    teacher: Tensor,  # [B', M, D_t]; of B = k B' rows, k in a row belong to one picture
     grid: tuple | None = None,  # (h, w) of the latent; square if not given
 ) -> Tensor:  # fp32 scalar
     "L_align."
-    grid = grid or _square(f_dit.shape[1])
-    return align_loss(self.head(f_dit), match_grid(teacher, _square(teacher.shape[1]), grid))
+    if len(f_dit) % len(teacher): raise ValueError(f'{len(f_dit)} rows cannot share {len(teacher)} teachers equally.')
+    grid, M = grid or _square(f_dit.shape[1]), teacher.shape[1]
+    teacher = match_grid(teacher, grid if M == grid[0] * grid[1] else _square(M), grid)
+    return align_loss(self.head(f_dit), teacher.repeat_interleave(len(f_dit) // len(teacher), 0))
+
+# %% ../../nbs/method/11_alignment.ipynb #b671968b
+def _as_buffers(module: nn.Module) -> nn.Module:
+    "Turn every tensor into a buffer, in place: no optimiser moves it, and `state_dict` leaves it out."
+    for m in module.modules():
+        for name, t in [*m._parameters.items(), *m._buffers.items()]:
+            if t is None: continue
+            m._parameters.pop(name, None)
+            m.register_buffer(name, t.detach(), persistent=False)
+    return module
+
+@patch
+def follow(
+    self: Alignment,
+    transformer: nn.Module,  # a SanaTransformer2DModel
+):
+    "Kind 'ema': begin an average as a copy of the transformer's first `teacher_block` blocks; no other is copied."
+    blocks, last = transformer.transformer_blocks, self.cfg.teacher_block
+    if last > len(blocks):
+        allowed = f'{self.cfg.block + 1}..{len(blocks)}'
+        raise ValueError(f'alignment teacher_block {last} does not exist: choose {allowed}.')
+    first = copy.deepcopy(blocks[:last])
+    self.average = _as_buffers(copy.deepcopy(transformer, {id(blocks): first}))
+
+# %% ../../nbs/method/11_alignment.ipynb #11500800
+@patch
+@torch.no_grad()
+def after_step(
+    self: Alignment,
+    transformer: nn.Module,  # the one that it follows, after a step of its optimiser
+):
+    "Move the average, if there is one, towards the transformer's weights."
+    now = dict(transformer.named_parameters()) if self.average is not None else {}
+    if any(isinstance(p, DTensor) for p in now.values()):
+        raise ValueError("alignment kind 'ema' needs whole weights, FSDP2 spreads them: use DDP.")
+    for name, t in self.average.named_buffers() if now else ():
+        if name in now: t.lerp_(now[name].detach(), 1 - self.cfg.decay)
+
+@patch
+def less_noise(
+    self: Alignment,
+    sigma: Tensor,  # [B] times of the student
+    u: Tensor,  # [B] uniform in [0, 1]
+) -> Tensor:  # [B]
+    "The teacher's times, earlier by at most `earlier` and never below 0."
+    return (sigma - self.cfg.earlier * u.to(sigma)).clamp(min=0)

@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from ..backbones.mllm import Chat, MLLM, pad_left, plain_json
+from ..backbones.words import encode_text
 from ..backbones.saved import load_saved, SavedModel
 from .layers import as_bias, tap, tap_layers
 from .reference import REFERENCES
@@ -29,6 +30,7 @@ from .routing import Routing, RoutingConfig, shares
 class ConditionConfig(Config):
     "Sizes and switches between the language model and the transformer."
     queries: PositiveInt = 16  # Q (256 at full scale)
+    words: str = ''            # the first queries begin as these words, the others (or all of them) at random
     layers: PositiveInt = 2    # n, layers copied into the connector (6 at full scale)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     reinject: bool = True          # overwrite the reference's positions by its own features after routing
@@ -86,10 +88,14 @@ def _query_init(
     lm: nn.Module,  # a Qwen2Model
     Q: int,  # queries
     seed: int,
+    ids: list[int] | None = None,  # words that the first queries begin as
 ) -> Tensor:  # [Q, D]
-    "Random queries at the scale of the language model's own word embeddings."
-    table = lm.get_input_embeddings().weight
-    return normal((table.shape[1],), seed, 'queries', range(Q)) * table.detach().float().std().cpu()
+    "Random queries at the scale of the language model's own word embeddings, the first ones at given words."
+    table = lm.get_input_embeddings().weight.detach().float().cpu()
+    queries = normal((table.shape[1],), seed, 'queries', range(Q)) * table.std()
+    if ids and len(ids) > Q: raise ValueError(f'ConditionConfig.words are {len(ids)} tokens, there are {Q} queries.')
+    if ids: queries[:len(ids)] = table[ids]
+    return queries
 
 # %% ../../nbs/method/10_condition.ipynb #4edee0c8
 class Connector(nn.Module):
@@ -168,7 +174,9 @@ class Condition(SavedModel):
         copied = isinstance(language, MLLM)
         lm = language.lm if copied else _last_layers(language, cfg.layers)
         D, L = lm.config.hidden_size, lm.config.num_hidden_layers
-        self.queries = nn.Parameter(_query_init(lm, cfg.queries, seed) if copied else torch.zeros(cfg.queries, D))
+        ids = encode_text(language.tokenizer, cfg.words) if copied and cfg.words else None
+        start = _query_init(lm, cfg.queries, seed, ids) if copied else torch.zeros(cfg.queries, D)
+        self.queries = nn.Parameter(start)
         self.routing = Routing(D, cfg.routing)
         self.connector = Connector(lm, cfg.layers, C)
         self.taps = tap_layers(L, cfg.routing.K)

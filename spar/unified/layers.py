@@ -16,10 +16,9 @@ def tap_layers(
     L: int,  # layers of the language model
     K: int = 4,  # how many are read
 ) -> list[int]:  # 1-based: layer l's output; 0 would be the embeddings
-    "`step, 2 step, ...` with `step = L // K`, the last one forced to `L`; the embeddings (index 0) are never read."
+    "`L/K, 2 L/K, ..., L`, rounded to whole layers; the embeddings (index 0) are never read."
     if not 1 <= K <= L: raise ValueError(f'routing K={K} is impossible with {L} layers: choose 1..{L}.')
-    step = L // K
-    return [step * k for k in range(1, K)] + [L]
+    return [(2 * k * L + K) // (2 * K) for k in range(1, K + 1)]
 
 # %% ../../nbs/method/08_layers.ipynb #3faffac9
 def _causal_bias(

@@ -88,7 +88,7 @@ def _add_new_parts(self: Unified, seed: int):
         torch.manual_seed(seed_for(seed, 'unified init'))
         teacher = LastMap(load_features()) if cfg.alignment.kind == 'external' else None
         self.condition = Condition(self.mllm, self._condition_width(), cfg.condition, seed)
-        D_t = teacher.D_t if teacher else self.mllm.hidden_size
+        D_t = teacher.D_t if teacher else width if cfg.alignment.kind == 'ema' else self.mllm.hidden_size
         self.alignment = Alignment(cfg.alignment, width, D_t, teacher)
 
 @patch(as_prop=True)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from ..core import Config, NonNegativeFloat, one_of, PositiveFloat, PositiveInt, uniform
+from ..core import Config, NonNegativeFloat, one_of, PositiveFloat, PositiveInt, Share, uniform
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -77,6 +77,7 @@ class StageConfig(Config):
     "What a training stage of the unified model sets."
     stage: str = 'connector'                # connector | joint | sft
     lambda_a: NonNegativeFloat = 0.5        # weight of L_align in stages II and III
+    align_until: Share = 1.0                # share of the stage after which L_align is off
     lr_transformer: NonNegativeFloat = 1.0  # learning rate of the transformer's body, relative to the rest
     lr_reading: NonNegativeFloat = 1.0      # of what reads condition and reference, relative to the body
     head: str = 'saved'                     # saved | new: where stages II and III have the alignment head from
@@ -104,8 +105,10 @@ class UnifiedObjective(Objective):
         super().__init__()
         self.model, self.cfg, self.seed = model, cfg or StageConfig(), seed
         self.groups = model.set_stage(self.cfg.stage)
-        if self.cfg.lambda_a not in (0, StageConfig.lambda_a) and 'head' not in self.groups:
-            raise ValueError(f'lambda_a={self.cfg.lambda_a} without an alignment head has no effect: leave it out.')
+        for name, idle in (('lambda_a', (0, StageConfig.lambda_a)), ('align_until', (StageConfig.align_until,))):
+            if (value := getattr(self.cfg, name)) not in idle and 'head' not in self.groups:
+                raise ValueError(f'{name}={value} without an alignment head has no effect: leave it out.')
+        if self.weights(0.)['L_align'] and model.cfg.alignment.kind == 'ema': model.alignment.follow(model.transformer)
 
     def players(self):
         body = self.cfg.lr_transformer
@@ -113,8 +116,11 @@ class UnifiedObjective(Objective):
         return {'model': [dict(params=ps, lr_scale=scale.get(name, 1.0)) for name, ps in self.groups.items()]}
 
     def weights(self, progress, player='model'):
-        align = self.cfg.lambda_a if 'head' in self.groups else 0.
-        return dict(L_fm=1.0, L_align=align)
+        until = self.cfg.align_until
+        on = 'head' in self.groups and (until == 1 or progress < until)
+        return dict(L_fm=1.0, L_align=self.cfg.lambda_a if on else 0.)
+
+    def after_step(self): self.model.alignment.after_step(self.model.transformer)
 
 # %% ../../nbs/method/15_unified_stages.ipynb #fe877423
 def _dropped(batch: dict, seed: int, share: float) -> list[str]:
@@ -160,6 +166,26 @@ def words(self: UnifiedObjective, batch: dict) -> list[str] | Sequence:
     Q, token = self.model.cfg.condition.queries, self.model.mllm.image_token
     return with_reference(batch['prompt_ids'], batch['prompt_mask'], token, Q)
 
+# %% ../../nbs/method/15_unified_stages.ipynb #26e943c1
+@patch
+@torch.no_grad()
+def ema_teacher(
+    self: UnifiedObjective,
+    x0: torch.Tensor,  # [B draws, c, h, w], the draws of a sample side by side
+    eps: torch.Tensor,  # the student's noise
+    sigma: torch.Tensor,  # [B draws] times of the student
+    index: list[int],  # B sample indices
+    *condition,  # what `velocity` is given beside them
+) -> torch.Tensor:  # [B draws, h w, width]
+    "Alignment kind 'ema': what the transformer's average makes of the sample with less noise, after a later block."
+    a, draws = self.model.alignment, len(sigma) // len(index)
+    names = ['teacher time', *(f'teacher time {d}' for d in range(1, draws))]
+    u = torch.stack([uniform((), self.seed, name, index) for name in names], 1).flatten()
+    earlier = a.less_noise(sigma, u)
+    with features_of(a.average, a.cfg.teacher_block) as seen:
+        velocity(a.average, interpolate(x0, eps, earlier), earlier, *condition)
+    return seen[0][:, :x0[0, 0].numel()]
+
 # %% ../../nbs/method/15_unified_stages.ipynb #42447a3e
 def _cell_weights(batch: dict, region: float, grid: tuple) -> torch.Tensor | None:
     "[B, 1, h, w], mean 1 in every sample: cells that an edit may change count `region` times as much as the others."
@@ -180,6 +206,8 @@ def terms(self: UnifiedObjective, batch: dict, weights: dict, player: str = 'mod
     x0, teacher, tokens, mask, source, cells = each_draw(draws, x0, teacher, cond.tokens, cond.mask, source, cells)
     eps = sample_noise(x0.shape[1:], self.seed, index, draws).to(x0)
     sigma = sample_sigma(self.seed, index, m.cfg.flow, draws).to(x0)
+    if 'L_align' in wanted and m.alignment.average is not None:
+        teacher = self.ema_teacher(x0, eps, sigma, index, tokens, mask, source)
     with features_of(m.transformer, m.cfg.alignment.block) as seen:
         v = velocity(m.transformer, interpolate(x0, eps, sigma), sigma, tokens, mask, source)
     term = dict(
