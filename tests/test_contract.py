@@ -1,8 +1,8 @@
 """The contract between notebooks, profiles and pipelines: what a stage may be given, and what DVC must know of it."""
-import ast, json, re
+import ast, json, re, shutil
 from pathlib import Path
-import pytest, yaml
-from conftest import ROOT
+import pytest
+from conftest import ROOT, run
 from spar.running import contract, profiles
 from spar.training import notebook
 
@@ -17,7 +17,9 @@ EVALUATED = ('reconstruction', 'understanding', 'generation', 'editing')
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch): monkeypatch.chdir(ROOT)
 
-def pipeline(): return yaml.safe_load(Path('dvc.yaml').read_text())['stages']
+def pipeline(): return contract.stages_of()      # controls as the stages that they are in one profile
+
+CONTROLS = ('dcae_tuned', 'sana_tuned')
 
 def paths_in(value):
     "All strings in nested parameters that are paths of the repository."
@@ -62,8 +64,9 @@ def test_a_stage_depends_on_what_can_change_its_result(stage, module, matters):
 @pytest.mark.parametrize('name', STAGES)
 def test_stage_says_all_that_it_reads_and_writes(name):
     entry = pipeline()[name]
-    assert entry['desc'] and entry['cmd'] == f'PYTHONPATH=$PWD spar stage {name}'
-    assert entry['params'] == ['profile', {'configs/${profile}.yaml': [name]}]
+    own, section = name in CONTROLS, {'configs/${profile}.yaml': [name]}
+    assert entry['desc'] and entry['cmd'] == f'PYTHONPATH=$PWD spar stage {name}' + ' --profile ${profile}' * own
+    assert entry['params'] == [section] if own else ['profile', section]
     known = {p.replace('${profile}', 'mini') for p in declared(entry, 'deps', 'outs', 'metrics', 'plots')}
     for path in paths_in(profiles.resolved(name, 'mini')):
         assert any(path == k or path.startswith(k + '/') for k in known), f'{name} uses {path}, dvc.yaml does not say so'
@@ -137,6 +140,22 @@ def test_controls_train_as_long_as_what_they_are_compared_with(profile):
         for key, value in expected.items():
             group, name = key.split('.'); assert section[group][name] == pytest.approx(value, rel=1e-3), f'{profile}.{stage}.{key} should be {value}'
 
+@pytest.mark.parametrize('profile', PROFILES)
+@pytest.mark.parametrize('control,beside', [('dcae_tuned', 'evaluate_reconstruction'), ('sana_tuned', 'evaluate_generation')])
+def test_a_control_is_measured_as_what_it_stands_beside(profile, control, beside):
+    ours, theirs = profiles.complete(beside, profile), profiles.complete(control, profile)['benchmark']
+    assert theirs == {k: ours['other_images' if k == 'images' else k] for k in theirs} and 'split' in theirs
+
+def test_the_default_pipeline_is_the_main_line_and_an_experiment_adds_a_control(tmp_path):
+    "What DVC itself makes of dvc.yaml with the list of params.yaml, and with a filled one."
+    assert profiles.controls() == [*CONTROLS] == [n for n, e in profiles.yaml_file('dvc.yaml')['stages'].items() if 'foreach' in e]
+    for name in ('dvc.yaml', 'params.yaml', 'configs/mini.yaml'): (tmp_path/name).parent.mkdir(exist_ok=True); shutil.copy(name, tmp_path/name)
+    for words in (['git', 'init', '-q'], ['dvc', 'init', '-q']): assert run(words, tmp_path).returncode == 0
+    listed = lambda: {line.split()[0] for line in run(['dvc', 'stage', 'list', '--name-only'], tmp_path).stdout.splitlines()}
+    assert listed() == {*STAGES} - {*CONTROLS}
+    text = (tmp_path/'params.yaml').read_text(); (tmp_path/'params.yaml').write_text(text.replace('dcae_tuned: []', 'dcae_tuned: [mini]'))
+    assert listed() == {*STAGES, 'dcae_tuned@mini'} - {*CONTROLS}
+
 
 ABLATIONS = profiles.ablations()
 
@@ -144,11 +163,25 @@ ABLATIONS = profiles.ablations()
 def test_an_ablation_changes_something_and_is_an_experiment(name):
     changes, command = ABLATIONS[name], profiles.experiment(name, 'mini')
     assert changes and set(changes) <= set(STAGES) and command[:5] == ['dvc', 'exp', 'run', '--temp', '--name']
-    assert len(command) == 6 + 2 * len(list(profiles.leaves(changes)))
+    assert len(command) == 6 + 2 * (len(list(profiles.leaves(changes))) + len(EVALUATED))
     for stage, section in changes.items():
         main = profiles.complete(stage, 'smoke')
         other = profiles.merged(notebook.parameters(f'nbs/stages/{stage}.ipynb'), section, name, profiles.typed_parameters(f'nbs/stages/{stage}.ipynb'))
         assert all(key in main for key in section) and other != notebook.parameters(f'nbs/stages/{stage}.ipynb'), f'{name} does not change {stage}'
+
+def settings_of(command): return [b for a, b in zip(command, command[1:]) if a == '-S']
+
+@pytest.mark.parametrize('name', [*ABLATIONS, 'main_line'])
+def test_what_chooses_is_evaluated_on_validation_unless_it_is_said_otherwise(name):
+    for split, suffix, options in (('val', '-val', {}), ('test', '', dict(split='test'))):
+        command = profiles.experiment(name, 'mini', **options); found = [s for s in settings_of(command) if s.endswith(f'.split={split}')]
+        assert command[5] == name.replace('_', '-') + suffix
+        assert found == [f'configs/mini.yaml:+evaluate_{e}.split={split}' for e in sorted(EVALUATED)] and not [s for s in settings_of(command) if '.split=' in s and s not in found]
+
+@pytest.mark.parametrize('name', CONTROLS)
+def test_a_control_is_an_experiment_that_runs_its_stage_alone(name):
+    command = profiles.experiment(name, 'mini', 'test'); assert command[-1] == f'{name}@mini'
+    assert settings_of(command) == [f'configs/mini.yaml:+{name}.benchmark.split=test', f'controls.{name}=[mini]']
 
 def test_both_tables_of_the_paper_are_covered():
     assert {'no_pixel_stream', 'no_semantic_stream', 'frozen_encoder', 'no_dtr', 'no_alignment'} <= set(ABLATIONS)

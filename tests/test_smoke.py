@@ -9,6 +9,7 @@ from conftest import ROOT, SPAR, environment, run
 from spar import cli
 from spar.command import main
 from spar.core import file_hash
+from spar.evaluation.report import control_of
 from spar.pipeline import SparPipeline
 from spar.images import read_image
 from spar.training.checkpoints import checkpoint_steps
@@ -42,7 +43,7 @@ TASKS = {'overall', 'overall_ci', 'single_object', 'two_object', 'counting', 'co
 TYPES = {'overall', 'overall_ci', 'add', 'adjust', 'extract', 'replace', 'remove', 'background', 'style', 'hybrid', 'action'}
 
 def test_reconstruction_metrics(smoke):
-    m = read(smoke, 'reconstruction'); rows = {'init', 'decoder', 'spar', 'dcae', 'dcae_tuned'}
+    m = read(smoke, 'reconstruction'); rows = {'init', 'decoder', 'spar', 'dcae'}
     assert rows <= set(m['glyphs']) and rows <= set(m['photos'])
     assert all(RECONSTRUCTION | {'rfid_efflite0'} <= set(m['glyphs'][r]) for r in rows)
     assert all(RECONSTRUCTION <= set(m['photos'][r]) and 'rfid_efflite0' not in m['photos'][r] for r in rows)
@@ -55,12 +56,25 @@ def test_understanding_metrics(smoke):
 def test_generation_metrics(smoke):
     m = read(smoke, 'generation')
     assert TASKS <= set(m['geneval_mini']) and {'overall', 'cultural', 'time', 'space', 'biology', 'physics', 'chemistry'} <= set(m['wise_mini'])
-    assert {'judge_on_renders', 'judge_on_dcae', 'chance_geneval', 'chance_wise', 'sana_base', 'sana_tuned'} <= set(m['rulers'])
+    assert {'judge_on_renders', 'judge_on_dcae', 'chance_geneval', 'chance_wise', 'sana_base'} <= set(m['rulers'])
     assert {'geneval_mini_heldout', 'n_images'} <= set(m)
+
+RULERS = {'copy_input', 'judge_on_targets', 'judge_on_reconstructions'}
 
 def test_editing_metrics(smoke):
     m = read(smoke, 'editing')
-    assert TYPES <= set(m['imgedit_mini']) and {'copy_input', 'judge_on_targets'} <= set(m['rulers']) and {'preservation', 'n'} <= set(m)
+    assert TYPES <= set(m['imgedit_mini']) and RULERS == set(m['rulers']) == set(m['rulers_by_type']) and {'preservation', 'n'} <= set(m)
+    assert all(TYPES <= set(row) and row['overall'] == m['rulers'][name] for name, row in m['rulers_by_type'].items())
+    assert set(m['duties']) == RULERS | {'spar'} and all(TYPES - {'overall_ci'} == set(d[k]) for d in m['duties'].values() for k in ('done', 'preserved'))
+
+@pytest.mark.parametrize('name,file,base', [('dcae_tuned', 'reconstruction', 'dcae'), ('sana_tuned', 'generation', 'sana')])
+def test_a_control_is_measured_on_the_same_pictures_as_the_main_line(smoke, name, file, base):
+    control, main = read(smoke, f'stages/{name}'), read(smoke, file)
+    said = main['protocol'] if file == 'reconstruction' else main['protocol']['rulers']
+    assert control['benchmark']['protocol'] == said and control['benchmark']['base'] == main['base'] and control['equal']['train.steps'] == control['steps']
+    if file == 'reconstruction': assert all(control['benchmark'][k][base] == main[k][base] for k in ('glyphs', 'photos')), 'the same row, measured twice'
+    found = control_of(control, (said, main['base']), control['equal'], 'abc'); assert found.result and found.note == 'abc'
+    assert not control_of(control, (said, main['base']), {'train.steps': 99}).result
 
 def test_metrics_are_numbers_and_nothing_volatile(smoke):
     for file in (smoke/'metrics/smoke').rglob('*.json'):
@@ -70,7 +84,7 @@ def test_metrics_are_numbers_and_nothing_volatile(smoke):
         assert all(isinstance(n, (int, float, str)) or n is None for n in numbers(m))
 
 def test_run_json_knows_every_stage(smoke):
-    m = read(smoke, 'run'); stages = set(re.findall(r"Running stage '(\w+)'", (smoke/'repro.log').read_text()))
+    m = read(smoke, 'run'); stages = set(re.findall(r"Running stage '(\w+)(?:@smoke)?'", (smoke/'repro.log').read_text()))
     assert stages == set(m) == {p.stem for p in (ROOT/'nbs/stages').glob('*.ipynb')}
     assert all({'seconds', 'peak_memory_gb', 'device', 'versions', 'commit', 'seed'} <= set(s) for s in m.values())
 
@@ -90,7 +104,7 @@ def test_second_repro_runs_nothing(smoke):
     done = run(['dvc', 'repro'], smoke)
     assert done.returncode == 0 and 'Running stage' not in done.stdout, done.stdout
 
-def status(tree): return {k for k in json.loads(run(['dvc', 'status', '--json'], tree).stdout or '{}') if not k.endswith('.dvc')}
+def status(tree): return {k.removesuffix('@smoke') for k in json.loads(run(['dvc', 'status', '--json'], tree).stdout or '{}') if not k.endswith('.dvc')}
 
 def test_prose_of_a_component_reruns_nothing_and_a_cell_reruns_its_stage(smoke):
     before = status(smoke)

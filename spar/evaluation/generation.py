@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WISE_WEIGHTS', 'geneval_prompts', 'wise_prompts', 'first_noise', 'shared_asks', 'passes', 'perfect', 'crossed',
-           'Drawn', 'run_prompts', 'geneval_mini', 'wise_mini']
+           'Drawn', 'run_prompts', 'geneval_mini', 'wise_mini', 'ruler_protocol']
 
 # %% ../../nbs/evaluation/generation.ipynb #e0831b26
 from collections import defaultdict
@@ -13,7 +13,7 @@ from ..core import one_of, rng
 import numpy as np
 from torch import Tensor
 from .systems import in_batches
-from .tables import table_of
+from .tables import protocol, table_of
 from ..world.prompts import asks_shared, geneval_prompt, GENEVAL_TASKS, Prompt, riddle, RIDDLE_KINDS
 from ..world.scenes import DIALS, draw_background, fits, place, PLACES, Scene
 
@@ -193,3 +193,14 @@ def wise_mini(
 ) -> dict:  # 'overall', 'overall_ci', kinds
     "Overall with WISE's weights, which follow the number of its prompts per category."
     return table_of(drawn.scores, WISE_WEIGHTS, seed, drawn.sources)
+
+# %% ../../nbs/evaluation/generation.ipynb #4ab19e11
+def ruler_protocol(
+    prompts: list[Prompt],  # from `geneval_prompts`
+    images: int,  # pictures a prompt
+    dial: str = 'easy',
+    **settings,  # judge, steps, guidance, precision, split, seed
+) -> str:
+    "How another system than SPAR was measured on geneval-mini."
+    words = dict(overall='mean of task means over images', shared=shared_asks(False, dial))
+    return protocol('geneval-mini', [p.text for p in prompts], images=images, **settings, **words)

@@ -26,11 +26,14 @@ def need_checkout(
     raise FileNotFoundError(f'{why} {cure}')
 
 # %% ../../nbs/running/cli.ipynb #2b5a9966
-def _check_stage_options(name: str | None, ablation: str | None, show: bool, export: str | None, listed: bool):
+def _check_stage_options(
+    name: str | None, ablation: str | None, show: bool, export: str | None, listed: bool, split: str,
+):
     "A UsageError for options that do not go together."
     given = {'--ablation': ablation, '--show': show, '--export': export, '--list': listed}
     asked = [o for o, value in given.items() if value]
     if len(asked) > 1: raise UsageError(f'{" and ".join(asked)}: one at a time.')
+    if split != 'val' and not ablation: raise UsageError('--split goes with --ablation NAME.')
     if name and (ablation or listed): raise UsageError(f'{asked[0]} takes no stage; leave {name!r} out.')
     if (show or export) and not name: raise UsageError(f'{asked[0]} needs the NAME of a stage; --list lists them.')
 
@@ -39,7 +42,8 @@ def stage(
     name: str | None = None,  # the notebook nbs/stages/NAME.ipynb, with the section NAME of configs/PROFILE.yaml
     *,
     profile: str | None = None,  # a file in configs/ (default: the one that params.yaml names)
-    ablation: str | None = None,  # print a row of configs/ablations.yaml as an experiment of DVC, and stop
+    ablation: str | None = None,  # print a row of configs/ablations.yaml, or a control, as an experiment, and stop
+    split: str = 'val',  # what an experiment is evaluated on: val to choose, test for what is decided
     bases: bool = False,  # a notebook of nbs/bases, with configs/bases.yaml
     export: str | None = None,  # write what the checkpoint of this step gives, a number or last, without training
     show: bool = False,  # print all parameters that the stage would get, and stop
@@ -53,24 +57,27 @@ def stage(
       spar stage tokenizer_1_init --profile smoke     small
       spar stage tokenizer_1_init --show
       spar stage tokenizer_1_init --export 200        what its checkpoint of step 200 gives, into runs/
-      spar stage --ablation no_dtr
+      spar stage --ablation no_dtr                    on validation pictures; main_line changes nothing
+      spar stage --ablation no_dtr --split test       once, for the table
       spar stage dcae --bases                         train a backbone
       accelerate-launch --config_file configs/accelerate/ddp.yaml -m spar stage unified_2_joint
                                                       on many GPUs: every process runs it, the first one writes
 
     Only keys in the notebook's parameters cell can be set. The executed copy is runs/PROFILE/NAME.ipynb."""
-    _check_stage_options(name, ablation, show, export, list)
+    _check_stage_options(name, ablation, show, export, list, split)
     need_checkout('spar stage')
-    _stage(name, profile, ablation, 'bases' if bases else 'stages', show, export)
+    _stage(name, profile, ablation, split, 'bases' if bases else 'stages', show, export)
 
 # %% ../../nbs/running/cli.ipynb #c52db6bb
-def _stage(name: str | None, profile: str | None, ablation: str | None, kind: str, show: bool, export: str | None):
+def _stage(
+    name: str | None, profile: str | None, ablation: str | None, split: str, kind: str, show: bool, export: str | None,
+):
     "What the options ask for."
     from spar.running.profiles import complete, experiment, stage_names
     from spar.running.runner import exported, run_stage
     from spar.training.notebook import profile_name
     profile = profile or ('bases' if kind == 'bases' else profile_name())
-    if ablation: print(shlex.join(experiment(ablation, profile)))
+    if ablation: print(shlex.join(experiment(ablation, profile, split)))
     elif not name: print('\n'.join(stage_names(kind)))
     elif show: print(json.dumps(complete(name, profile, kind), indent=1))
     elif export: print(exported(name, profile, export, kind))

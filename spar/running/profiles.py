@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['typed_parameters', 'overlaid', 'fitted', 'merged', 'yaml_file', 'profiles', 'sections', 'stage_names', 'notebook_of',
-           'own_folders', 'resolved', 'complete', 'leaves', 'ablations', 'experiment']
+           'own_folders', 'resolved', 'complete', 'leaves', 'ablations', 'controls', 'experiment']
 
 # %% ../../nbs/running/profiles.ipynb #6e7e7549
 import ast
@@ -146,14 +146,38 @@ def ablations() -> dict:
     "Row -> the sections that it changes."
     return {name: row for table in yaml_file('configs/ablations.yaml').values() for name, row in table.items()}
 
+def controls() -> list[str]:
+    "The stages that only an experiment runs."
+    return list(yaml_file('params.yaml').get('controls') or {})
+
 # %% ../../nbs/running/profiles.ipynb #5a1c40d6
+_SPLITS = ('val', 'test')      # what chooses is evaluated on validation, what is chosen on the test, once
+
+def _evaluated_on(split: str, control: str | None) -> dict:  # dotted key -> value
+    "The settings that name the split of whatever an experiment evaluates."
+    if control: return {f'{control}.benchmark.split': split}
+    return {f'{name}.split': split for name in stage_names() if name.startswith('evaluate_')}
+
+def _setting(file: str, key: str, value, there) -> str:
+    "A key as `dvc exp run -S` wants it, with Hydra's sign for one that the file does not have."
+    shown = str(value).lower() if isinstance(value, bool) else value
+    return f'{file}:{"" if key in there else "+"}{key}={shown}'
+
+# %% ../../nbs/running/profiles.ipynb #5a1c40e6
 def experiment(
-    name: str,  # a row of configs/ablations.yaml
+    name: str,  # a row of configs/ablations.yaml, a control, or main_line: nothing changes
     profile: str,
+    split: str = 'val',  # test for what is decided
 ) -> list[str]:  # a command
     "The row as an experiment of DVC, on top of a profile."
-    changed, file = dict(leaves(ablations()[one_of(name, ablations(), 'ablation')])), f'configs/{profile}.yaml'
-    there = dict(leaves(yaml_file(file)))
-    def add(key): return '' if key in there else '+'      # Hydra's sign for a key that the file does not have
-    settings = [f'{file}:{add(k)}{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in changed.items()]
-    return ['dvc', 'exp', 'run', '--temp', '--name', name.replace('_', '-')] + [a for s in settings for a in ('-S', s)]
+    rows, file = {'main_line': {}} | dict.fromkeys(controls(), {}) | ablations(), f'configs/{profile}.yaml'
+    control = name if one_of(name, rows, 'ablation') in controls() else None
+    changed, there = dict(leaves(rows[name])) if rows[name] else {}, dict(leaves(yaml_file(file)))
+    changed |= _evaluated_on(one_of(split, _SPLITS, 'split'), control)
+    settings = [_setting(file, k, v, there) for k, v in changed.items()]
+    if control: settings.append(f'controls.{name}=[{profile}]')
+    if profile != yaml_file('params.yaml')['profile']: settings.append(f'profile={profile}')
+    called = name.replace('_', '-') + ('-val' if split == 'val' else '')
+    options = [a for s in settings for a in ('-S', s)]
+    target = [f'{name}@{profile}'] if control else []
+    return ['dvc', 'exp', 'run', '--temp', '--name', called, *options, *target]
