@@ -1,6 +1,5 @@
 """What the loop does with a loss that goes wrong once, with torch's generator, and with a checkpoint of version 0.1."""
 import math, shutil
-from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from torch import nn
