@@ -59,7 +59,7 @@ def test_a_stage_a_row_or_a_term_too_few_or_too_many():
 
 CHANGES = dict(
     noise=lambda t: setattr(t.objective, 'seed', 1),
-    weights=lambda t: t.objective.model.transformer.proj_out.weight.data.mul_(1.1),
+    weights=lambda t: t.objective.base.transformer.proj_out.weight.data.mul_(1.1),
     optimiser=lambda t: setattr(t.train, 'betas', (.5, .999)),
     rate=lambda t: setattr(t.train, 'lr', 5.1e-4),
     samples=lambda t: setattr(t.train, 'batch_size', 3))

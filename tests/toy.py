@@ -34,7 +34,7 @@ def main(folder: str, save_every: int, out: str):
 class Child:
     "A process that trains in `folder`."
     def __init__(self, folder, save_every: int = 4):
-        context = multiprocessing.get_context('forkserver'); context.set_forkserver_preload(['toy'])
+        context = multiprocessing.get_context('forkserver'); context.set_forkserver_preload(['spar.training.loop'])
         Path(folder).mkdir(parents=True, exist_ok=True); self.out = Path(folder)/f'{time.monotonic_ns()}.txt'
         self.process = context.Process(target=main, args=(str(folder), save_every, str(self.out)))
         self.process.start()
