@@ -30,6 +30,7 @@ notebooks() {
 }
 tests() {
   step "Tests"
+  [ -d data/bases ] || dvc pull -q -r store data.dvc      # tests/test_golden.py trains on the backbones
   python -m pytest -q tests -m 'not slow' -n 2 --dist loadfile
 }
 

@@ -1,5 +1,5 @@
 """A run killed at any moment ends with the same weights, bit for bit; another run's past is never used; a NaN stops."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, re, shutil, signal, subprocess, time
 import pytest, torch
 from safetensors.torch import load_file
 from torch import nn
@@ -7,48 +7,21 @@ from conftest import ROOT
 from spar.training.objective import Objective, TrainConfig
 from spar.training.checkpoints import checkpoint_steps, DamagedCheckpoint
 from spar.training.loop import fit
-
-TOY = '''
-import sys, time, torch, hashlib
-from torch import nn
-from spar.training.loop import fit
-from spar.training.objective import Objective, TrainConfig
-class Fit(Objective):
-    def __init__(self):
-        super().__init__(); torch.manual_seed(0)
-        self.net, self.critic = nn.Sequential(nn.Linear(4, 8), nn.Dropout(.2), nn.Linear(8, 1)), nn.Linear(1, 1)
-    def players(self): return {'model': [*self.net.parameters()], 'critic': [*self.critic.parameters()]}
-    def weights(self, progress, player='model'): return {'mse': 1., 'fool': .1 * (progress > .3)} if player == 'model' else {'tell': float(progress > .3)}
-    def terms(self, batch, weights, player='model'):
-        y = self.net(batch['x']); d = self.critic(y if player == 'model' else y.detach())
-        tell = lambda: d.square().mean() + (self.critic(batch['x'][:, :1]) - 1).square().mean()
-        every = dict(mse=lambda: (y - 1).square().mean(), fool=lambda: -d.mean(), tell=tell)
-        return {k: every[k]() for k in weights}
-class Data:
-    def __getitem__(self, k): time.sleep(.002); return dict(x=torch.randn(4, generator=torch.Generator().manual_seed(int(k))), index=k)
-    def __len__(self): return 10 ** 9
-obj = Fit(); print('begins', flush=True)
-fit(obj, Data(), TrainConfig(steps=60, batch_size=4, accumulate=2, warmup=5, ema=.9, log_every=7, save_every=int(sys.argv[2]), precision='no'), 0, sys.argv[1], 'one')
-print('HASH', hashlib.sha256(b''.join(v.numpy().tobytes() for v in obj.state_dict().values())).hexdigest())
-'''
-
-def start(folder, save_every=4):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-c', TOY, str(folder), str(save_every)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+from toy import Child
 
 def finish(p):
-    out = p.communicate(timeout=240)[0]; assert p.returncode == 0, out
-    return re.search(r'HASH (\w+)', out)[1], out
+    assert p.wait() == 0, p.printed()
+    return re.search(r'HASH (\w+)', p.printed())[1], p.printed()
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory): return finish(start(tmp_path_factory.mktemp('whole')))[0]
+def whole(tmp_path_factory): return finish(Child(tmp_path_factory.mktemp('whole')))[0]
 
 def test_killed_twice_and_continued_ends_with_the_same_bits(tmp_path, whole):
     for _ in range(2):
-        p = start(tmp_path/'killed'); before = [*checkpoint_steps(tmp_path/'killed/checkpoints')]
+        before = [*checkpoint_steps(tmp_path/'killed/checkpoints')]; p = Child(tmp_path/'killed')
         while p.poll() is None and [*checkpoint_steps(tmp_path/'killed/checkpoints')] == before: time.sleep(.005)
-        p.send_signal(signal.SIGKILL); p.wait()
-    again, out = finish(start(tmp_path/'killed'))
+        p.kill()
+    again, out = finish(Child(tmp_path/'killed'))
     assert 'Resumed at step' in out, 'the test must really have continued'
     assert again == whole
 
@@ -122,17 +95,17 @@ def test_which_checkpoints_stay(tmp_path):
     assert [*checkpoint_steps(tmp_path/'r/checkpoints')] == [4, 8, 10, 12]
 
 def test_two_writers_exclude_each_other(tmp_path):
-    a, b = start(tmp_path/'r'), start(tmp_path/'r')
-    codes = sorted([a.wait(timeout=240), b.wait(timeout=240)])
+    a, b = Child(tmp_path/'r'), Child(tmp_path/'r')
+    codes = sorted([a.wait(), b.wait()])
     assert codes[0] == 0 and codes[1] != 0
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
 def test_a_signal_saves_and_ends_and_the_run_continues_to_the_same_bits(tmp_path, name, whole):
-    p = start(tmp_path/'r', save_every=1000); p.stdout.readline()
+    p = Child(tmp_path/'r', save_every=1000)
     while p.poll() is None and not (tmp_path/'r/.lock').exists(): time.sleep(.01)
     p.send_signal(getattr(signal, name))
     assert p.wait(timeout=60) == 0 and (step := [*checkpoint_steps(tmp_path/'r/checkpoints')][0]) < 60
-    again, out = finish(start(tmp_path/'r')); assert f'Resumed at step {step}' in out and again == whole
+    again, out = finish(Child(tmp_path/'r')); assert f'Resumed at step {step}' in out and again == whole
 
 def test_the_weights_of_a_checkpoint_without_training(tmp_path, monkeypatch):
     toy(tmp_path/'r', steps=8, keep_every=2)

@@ -60,7 +60,8 @@ def _clipped_norm(run, opt) -> torch.Tensor:
 def players_step(run, micros: list[dict], t: int) -> dict[str, float]:
     """One optimiser step of every player that has work at this moment; returns the terms' means over micro-batches.
 
-    A player whose numbers are not finite makes no step, nor do those after it: then nothing is returned."""
+    A player whose numbers are not finite makes no step, nor do those after it: then nothing is returned. The update
+    of a player before it stands: it was finite, and to undo it would take a copy of weights and moments every step."""
     seen, before = defaultdict(float), _copies_of_buffers(run)
     for player, opt in run.opts.items():
         weights = {k: w for k, w in run.objective.weights(t / run.cfg.steps, player).items() if w}

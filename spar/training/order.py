@@ -8,6 +8,7 @@ __all__ = ['step_indices', 'Order', 'micro_batches']
 # %% ../../nbs/training/order.ipynb #aa0d1510
 import math
 import signal
+import torch
 from torch.utils.data import DataLoader, default_collate
 from .objective import TrainConfig
 
@@ -50,7 +51,9 @@ def _ignore_signals(_):
         if s := getattr(signal, name, None): signal.signal(s, signal.SIG_IGN)
 
 def micro_batches(dataset, cfg: TrainConfig, start: int, rank: int = 0, world: int = 1):
-    "Collated micro-batches from step `start` on; `dataset[k]` is a pure function of `k`."
+    """Collated micro-batches from step `start` on; `dataset[k]` is a pure function of `k`.
+
+    torch's global generator is neither read nor moved."""
     shares = cfg.accumulate * world
     if cfg.batch_size % shares:
         raise ValueError(
@@ -60,5 +63,5 @@ def micro_batches(dataset, cfg: TrainConfig, start: int, rank: int = 0, world: i
     return DataLoader(
         dataset if world == 1 else _Share(dataset, rank, world), batch_sampler=Order(start, cfg),
         num_workers=cfg.workers, collate_fn=getattr(dataset, 'collate', None) or default_collate,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_ignore_signals, generator=torch.Generator().manual_seed(0),
     )
