@@ -230,7 +230,8 @@ def flop_counter() -> FlopCounterMode:
 # %% ../../nbs/running/step_cost.ipynb #db4cac8b
 def _timed(run: Run, t: Training, phase: Phase, steps: int, warm: int) -> dict[str, list]:
     "Task -> (seconds of every part, draws, micro-batches) of each step."
-    found, spans, batches = defaultdict(list), Spans(clock_of(run.acc.device)), step_batches(t, phase.first, warm + steps)
+    found, spans = defaultdict(list), Spans(clock_of(run.acc.device))
+    batches = step_batches(t, phase.first, warm + steps)
     with watched(run, spans), counted_draws(run.objective) as draws:
         for i in range(warm + steps):
             run.step = phase.first

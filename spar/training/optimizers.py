@@ -58,21 +58,28 @@ def param_groups(
             out.append(dict(params=ps, lr_scale=g.get('lr_scale', 1.0), weight_decay=decay))
     return out
 
-# %% ../../nbs/training/optimizers.ipynb #0767cc71
+# %% ../../nbs/training/optimizers.ipynb #4e7d90b2
 _A, _B, _C = 3.4445, -4.7750, 2.0315      # of the polynomial (Jordan et al., 2024)
 
 def _curved(A: torch.Tensor) -> torch.Tensor: return torch.baddbmm(A, A, A, beta=_B, alpha=_C)      # b A + c A²
 
+def _factor(A: torch.Tensor) -> torch.Tensor:
+    "What a round multiplies X by: a I + b A + c A², where A = X Xᵀ."
+    factor = _curved(A)
+    factor.diagonal(dim1=1, dim2=2).add_(_A)
+    return factor
+
 def _by_gram(X: torch.Tensor, rounds: int) -> torch.Tensor:
-    "The rounds of `_orth` for [n, r, c] with r << c: done with X Xᵀ alone, whose side is r, and applied to X at the end."
-    A, done = X @ X.mT, None
-    for _ in range(rounds):
-        if done is not None: A = factor @ A @ factor
-        factor = _curved(A)
-        factor.diagonal(dim1=1, dim2=2).add_(_A)
-        done = factor if done is None else factor @ done
+    "The rounds of `_orth` for [n, r, c] with r << c: done with X Xᵀ alone, whose side is r, and applied to X once."
+    A = X @ X.mT
+    factor = done = _factor(A)
+    for _ in range(rounds - 1):
+        A = factor @ A @ factor
+        factor = _factor(A)
+        done = factor @ done
     return done @ X
 
+# %% ../../nbs/training/optimizers.ipynb #0767cc71
 def _orth(
     G: torch.Tensor,  # [n, r, c] matrices
     rounds: int = 4,
