@@ -5,8 +5,9 @@ import pytest
 from torch import nn
 from conftest import SPAR, run
 from spar.backbones.dcae import DCAE, mini_dcae
-from spar.running import step_cost
+from spar.running import records, step_cost
 from spar.running.benchmark import parts_table, stages_table
+from spar.running.plain import beside_plain, plain_table
 from spar.running.step_cost import forward_parts, measured, STEP_PARTS, phases, Training
 from spar.tokenizer.training import ReconstructionLoss, TokenizerObjective
 from spar.training.objective import Objective, TrainConfig
@@ -112,6 +113,28 @@ def test_micro_batches_are_one_step():
     whole, parted = (measured(Training('line', Line(), Pictures(), train(batch_size=4, accumulate=n, optimizer='adamw')), 2)[0] for n in (1, 2))
     assert whole['gflop']['other forward'] == parted['gflop']['other forward'] == 2 * 4 * 32 * 32 / 1e9
 
+def test_the_plain_recipe_by_turns(tokenizer):
+    before = state(tokenizer.objective)
+    cases = beside_plain(tokenizer, steps=1, warm=0)
+    assert [len(c['terms']) for c in cases] == [2, 3, 6] and all(c['draws'] == 1 and c['repetitions'] == 1 for c in cases)
+    for c in cases: assert c['ratio'] == pytest.approx(c['plain_ms'][1] / c['ours_ms'][1]) == pytest.approx(c['pair_ratios'][1])
+    after = tokenizer.objective.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items()) and plain_table(cases).count('\n') == 4
+    assert 'terms' not in vars(tokenizer.objective) and type(tokenizer.objective.fakes) is dict
+
+def test_a_record_of_a_unified_stage(unified, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, 'resolved', lambda *_: dict(validation=dict(n=2, seed=0), data=dict(dial='easy')))
+    before = state(unified.objective)
+    row = records.add_record('as it is', unified, 'tiny', target=1e9, every=1)
+    assert row['accepted'] and row['steps'] == [1, 1] and min(row['minutes']) > 0
+    assert row['losses'][0] != row['losses'][1], 'the second repetition has other noise and times'
+    again = records.add_record('out of reach', unified, 'tiny', target=-9., every=10)
+    assert again['minutes'] == [None, None] and again['steps'] == [10, 10] and not again['accepted']
+    assert records.records('tiny') == [row, again] and unified.objective.seed == 0
+    after = unified.objective.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
 @pytest.mark.slow
 def test_the_command_in_a_copy_of_the_repository(tmp_path):
     from conftest import clone
@@ -129,4 +152,9 @@ def test_the_command_in_a_copy_of_the_repository(tmp_path):
     assert all(f'| {p} |' in said.stdout for c in cases for p in c['ms']) and 'matmul peak' in said.stdout
     check(cases)
     assert {'text encoder', 'transformer'} <= cases[-1]['ms'].keys()
+    assert [c['stage'] for c in json.loads((tree/'cost.json').read_text())[0]['plain']].count('sana_tuned') == 1 and 'plain / ours' in said.stdout
+    said = run([*SPAR, 'benchmark', '--growth', '--steps', '3', '--stage', 'tokenizer_1_init', '--json', 'growth.json'], tree)
+    assert said.returncode == 0, said.stderr[-2000:]
+    grown, = json.loads((tree/'growth.json').read_text())['growth']
+    assert list(grown['memory']) == ['1', '2', '3'] and grown['start'].keys() == {'imports', 'loading', 'first step'}
     assert not (tree/'artifacts/smoke/tokenizer_1_init').exists() and not (tree/'runs/smoke/tokenizer_1_init').exists()

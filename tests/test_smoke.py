@@ -144,6 +144,16 @@ def test_a_reworded_docstring_reruns_only_what_imports_it(smoke, before, docstri
     docstring(module); now = status(smoke) - before
     assert stale <= now and not now & fresh, now
 
+def test_a_record_is_a_row_and_the_stage_is_as_before(smoke, monkeypatch, capsys):
+    monkeypatch.chdir(smoke)
+    artifact = file_hash(smoke/'artifacts/smoke/unified_2_joint')
+    main(['benchmark', '--record', 'as it is', '--target', '1000'])
+    assert '| 1. as it is |' in capsys.readouterr().out
+    row, = json.loads((smoke/'metrics/smoke/records.json').read_text())
+    assert row['accepted'] and row['stage'] == 'unified_2_joint' and len(row['minutes']) == 2
+    (smoke/'metrics/smoke/records.json').unlink()
+    assert file_hash(smoke/'artifacts/smoke/unified_2_joint') == artifact
+
 def test_another_profile_leaves_the_miniature_alone(smoke):
     assert (smoke/'metrics/mini').is_dir() and all(file_hash(smoke/p) == file_hash(ROOT/p) for p in ('metrics/mini', 'plots/mini'))
     assert not (smoke/'artifacts/mini').exists() and not (smoke/'runs/mini').exists()

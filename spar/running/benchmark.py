@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['training_of', 'training_stages', 'missing_inputs', 'matmul_peak', 'machine_facts', 'peak_of', 'share_of_peak',
            'stages_table', 'parts_table', 'machine_line', 'growth_table', 'as_text', 'profile_with_inputs',
-           'benchmark_runs']
+           'benchmark_runs', 'growth_of', 'growth_text', 'recorded']
 
 # %% ../../nbs/running/benchmark.ipynb #a63f7f43
 import contextlib
@@ -22,7 +22,10 @@ from ..core import one_of, pick_device, read_json
 from ..machine import provenance
 import torch
 from ..evaluation.tables import markdown_table
+from .growth import grown_alone, growth_tables
+from .plain import beside_plain, plain_table
 from .profiles import notebook_of, resolved, stage_names
+from .records import add_record
 from .step_cost import clock_of, measured, STEP_PARTS, Training
 from ..training.notebook import code_cells, parameters, profile_name, python_of
 from ..training.stage import Stage
@@ -160,13 +163,13 @@ def growth_table(runs: list[dict]) -> str:
     return markdown_table(rows, list(dict.fromkeys(k for r in rows.values() for k in r)), 'samples/s', 1)
 
 def as_text(
-    runs: list[dict],  # what `benchmark_runs` gives: 'machine' and 'cases' of every setting
+    runs: list[dict],  # what `benchmark_runs` gives
 ) -> str:
-    "All tables in Markdown; those of the parts are of the first setting."
+    "All tables in Markdown; those of the parts and of the plain recipe are of the first setting."
     machine, cases = runs[0]['machine'], runs[0]['cases']
     of_stage = {c['stage']: [d for d in cases if d['stage'] == c['stage']] for c in cases}
     parts = [parts_table(c, machine) for c in of_stage.values()]
-    tables = [machine_line(machine), stages_table(cases, machine), *parts]
+    tables = [machine_line(machine), stages_table(cases, machine), plain_table(runs[0]['plain']), *parts]
     return '\n\n'.join(tables + ([growth_table(runs)] if len(runs) > 1 else []))
 
 # %% ../../nbs/running/benchmark.ipynb #b868c290
@@ -192,11 +195,13 @@ def _possible(names: list[str], profile: str, asked: bool) -> list[str]:
 
 # %% ../../nbs/running/benchmark.ipynb #37130f42
 def _measured_stage(name: str, profile: str, steps: int, settings: list[tuple], runs: list[dict]):
-    "One stage in every setting of threads and batch size, entered into `runs`."
+    "One stage in every setting of threads and batch size, in the first also beside the plain recipe; into `runs`."
     t = training_of(name, profile)
     for (threads, batch), run in zip(settings, runs, strict=True):
         torch.set_num_threads(threads)
-        run['cases'] += measured(replace(t, train=replace(t.train, batch_size=batch or t.train.batch_size)), steps)
+        now = replace(t, train=replace(t.train, batch_size=batch or t.train.batch_size))
+        run['cases'] += measured(now, steps)
+        if run is runs[0]: run['plain'] += beside_plain(now, steps)
 
 def benchmark_runs(
     profile: str,
@@ -204,7 +209,7 @@ def benchmark_runs(
     steps: int = 10,
     threads: list[int] | None = None,  # None: as torch has it
     batches: list[int] | None = None,  # samples a step; None: the profile's
-) -> list[dict]:  # 'machine' and 'cases' for every number of threads and batch size
+) -> list[dict]:  # 'machine', 'cases', 'plain' for every number of threads and batch size
     "Measure every stage in every setting."
     known, own = training_stages(), torch.get_num_threads()
     names = _possible([one_of(s, known, 'training stage') for s in stages or known], profile, bool(stages))
@@ -213,7 +218,39 @@ def benchmark_runs(
     try:
         for n, _ in settings:
             torch.set_num_threads(n)
-            runs.append(dict(machine=machine_facts(precision), profile=profile, cases=[]))
+            runs.append(dict(machine=machine_facts(precision), profile=profile, cases=[], plain=[]))
         for name in names: _measured_stage(name, profile, steps, settings, runs)
     finally: torch.set_num_threads(own)
     return runs
+
+# %% ../../nbs/running/benchmark.ipynb #b4a00002
+def growth_of(
+    profile: str,
+    stages: list[str] | None = None,  # None: all that train
+    steps: int = 32,
+    threads: int = 0,  # 0: torch's own
+) -> list[dict]:  # of every stage, see `spar.running.growth.grown`
+    "How cost grows, stage after stage, each in a process of its own."
+    known = training_stages()
+    names = _possible([one_of(s, known, 'training stage') for s in stages or known], profile, bool(stages))
+    return [grown_alone(name, profile, steps, threads) for name in names]
+
+def growth_text(
+    found: list[dict],  # what `growth_of` gives
+    machine: dict,
+) -> str:
+    "What it was measured on, and the tables."
+    return f'{machine_line(machine)}\n\n{growth_tables(found)}'
+
+def recorded(
+    change: str,  # what is different from the row before
+    stage: str,  # a unified one
+    profile: str,
+    target: float | None = None,  # validation loss; None: that of the stage's last row
+    refused: str | None = None,  # why the change is not taken, whatever its minutes
+    every: int = 10,  # steps between two validations
+) -> dict:  # the new row
+    "Train a stage to its target twice and append a row to the profile's records."
+    one_of(stage, [s for s in training_stages() if 'validation' in parameters(notebook_of(s))], 'stage with a record')
+    t = training_of(*_possible([stage], profile, True), profile)
+    with _quietly(): return add_record(change, t, profile, None, target, refused, every)

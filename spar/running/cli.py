@@ -90,6 +90,15 @@ def _check_benchmark_options(steps: int, threads: list[int], batch: list[int], o
         if wrong := [v for v in values if v < 1]: raise ValueError(f'{option} {wrong[0]}: at least 1 is needed.')
     if out and not Path(out).absolute().parent.is_dir(): raise ValueError(f'--json {out}: this folder does not exist.')
 
+# %% ../../nbs/running/cli.ipynb #b5a00001
+def _check_kind(growth: bool, record: str | None, target: float | None, refused: str | None, batch, several: list):
+    "A UsageError for options that do not go together."
+    if growth and record: raise UsageError('--growth and --record: one at a time.')
+    if not record and (target is not None or refused): raise UsageError('--target and --refused belong to --record.')
+    if (growth or record) and batch: raise UsageError('--batch: only where the cost of steps is measured.')
+    if growth and len(several[1]) > 1: raise UsageError('--growth takes one number of --threads.')
+    if record and max(map(len, several)) > 1: raise UsageError('--record takes one --stage, and one of --threads.')
+
 # %% ../../nbs/running/cli.ipynb #4268176b
 def benchmark(
     *,
@@ -98,9 +107,15 @@ def benchmark(
     steps: int = 10,  # repetitions of each phase of a stage, after two that do not count
     threads: list[int] | None = None,  # of torch; several are measured one after the other (default: torch's own)
     batch: list[int] | None = None,  # samples a step, one number or several (default: the profile's)
+    growth: bool = False,  # instead: start-up, memory against steps, pictures a second; each stage in its own process
+    record: str | None = None,  # instead: train --stage (default unified_2_joint) to --target twice, and add a row
+    target: float | None = None,  # validation loss of a record (default: that of the stage's last row)
+    refused: str | None = None,  # why the change of a record is not taken, whatever its minutes
     json: str | None = None,  # write everything that was measured here, too
 ):
-    """Measure what a training step costs on this machine, part by part. Nothing trained is touched.
+    """Measure what a training step costs on this machine, part by part and beside the plain recipe of this field.
+
+    Nothing trained is touched.
 
     examples
       spar benchmark                                       every stage
@@ -108,11 +123,17 @@ def benchmark(
       spar benchmark --profile smoke --json smoke.json     small and random; says which stages to run first
       spar benchmark --stage unified_2_joint --threads 1 2 --batch 4 8 16
                                                            how samples a second grow
+      spar benchmark --growth --stage unified_2_joint --steps 64
+      spar benchmark --record "four draws a condition" --target 1.05 --threads 2
+                                                           a row of metrics/PROFILE/records.json
 
     Medians, in brackets lower and upper quartile. Share of the peak: of a plain matrix product on this machine."""
     _check_benchmark_options(steps, threads or [], batch or [], json)
+    _check_kind(growth, record, target, refused, batch, [stage or [], threads or []])
     need_checkout('spar benchmark')
-    _benchmark(profile, stage, steps, threads, batch, json)
+    if growth: _growth(profile, stage, steps, threads, json)
+    elif record: _record(profile, stage, record, target, refused, threads, json)
+    else: _benchmark(profile, stage, steps, threads, batch, json)
 
 # %% ../../nbs/running/cli.ipynb #9cbb7ea1
 def _benchmark(profile: str | None, stages, steps: int, threads, batches, out: str | None):
@@ -122,3 +143,25 @@ def _benchmark(profile: str | None, stages, steps: int, threads, batches, out: s
     runs = benchmark_runs(profile or profile_with_inputs(), stages, steps, threads, batches)
     print(as_text(runs))
     if out: write_json(out, runs)
+
+# %% ../../nbs/running/cli.ipynb #b5a00003
+def _growth(profile: str | None, stages, steps: int, threads, out: str | None):
+    "Print how cost grows, and write the file."
+    from spar.core import write_json
+    from spar.running.benchmark import growth_of, growth_text, machine_facts, profile_with_inputs
+    found = growth_of(profile or profile_with_inputs(), stages, steps, *threads or [0])
+    machine = machine_facts()
+    print(growth_text(found, machine))
+    if out: write_json(out, dict(machine=machine, growth=found))
+
+def _record(profile: str | None, stages, change: str, target, refused, threads, out: str | None):
+    "Train to the target, add the row, and print the table."
+    import torch
+    from spar.core import write_json
+    from spar.running.benchmark import profile_with_inputs, recorded
+    from spar.running.records import records, records_table
+    profile, (stage, *_) = profile or profile_with_inputs(), stages or ['unified_2_joint']
+    if threads: torch.set_num_threads(*threads)
+    row = recorded(change, stage, profile, target, refused)
+    print(records_table(records(profile)))
+    if out: write_json(out, row)

@@ -58,6 +58,27 @@ def param_groups(
             out.append(dict(params=ps, lr_scale=g.get('lr_scale', 1.0), weight_decay=decay))
     return out
 
+# %% ../../nbs/training/optimizers.ipynb #4e7d90b2
+_A, _B, _C = 3.4445, -4.7750, 2.0315      # of the polynomial (Jordan et al., 2024)
+
+def _curved(A: torch.Tensor) -> torch.Tensor: return torch.baddbmm(A, A, A, beta=_B, alpha=_C)      # b A + c A²
+
+def _factor(A: torch.Tensor) -> torch.Tensor:
+    "What a round multiplies X by: a I + b A + c A², where A = X Xᵀ."
+    factor = _curved(A)
+    factor.diagonal(dim1=1, dim2=2).add_(_A)
+    return factor
+
+def _by_gram(X: torch.Tensor, rounds: int) -> torch.Tensor:
+    "The rounds of `_orth` for [n, r, c] with r << c: done with X Xᵀ alone, whose side is r, and applied to X once."
+    A = X @ X.mT
+    factor = done = _factor(A)
+    for _ in range(rounds - 1):
+        A = factor @ A @ factor
+        factor = _factor(A)
+        done = factor @ done
+    return done @ X
+
 # %% ../../nbs/training/optimizers.ipynb #0767cc71
 def _orth(
     G: torch.Tensor,  # [n, r, c] matrices
@@ -65,11 +86,11 @@ def _orth(
 ) -> torch.Tensor:  # [n, r, c], singular values about 1, in the precision it was computed in
     "`U S Vᵀ -> U Vᵀ`, nearly, by Newton-Schulz iteration; bf16 where the processor has it."
     X = G.to(torch.bfloat16 if has_fast_bf16(G.device) else G.dtype)
-    if tall := X.shape[1] > X.shape[2]: X = X.mT.contiguous()
+    if tall := X.shape[1] > X.shape[2]: X = X.mT
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(rounds):
-        A = X @ X.mT
-        X = 3.4445 * X + torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315) @ X
+    if X.dtype == torch.float32 and X.shape[2] >= 2 * X.shape[1]: X = _by_gram(X, rounds)
+    else:
+        for _ in range(rounds): X = torch.baddbmm(X, _curved(X @ X.mT), X, beta=_A)
     return X.mT if tall else X
 
 def _is_matrix(p: torch.Tensor, least: int = 32, most: int = 512) -> bool:
