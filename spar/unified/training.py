@@ -34,10 +34,11 @@ def _projection(model: Unified) -> tuple[list, list]:
     if model.cfg.condition.projection == 'sana': return sanas + norm, []
     return [*model.condition.connector.project.parameters()] + norm, sanas
 
-def _reading(transformer) -> list:
+def _reading(transformer) -> dict:
     "Parameters of the transformer that read the condition, and the latent of a reference where it has channels for it."
-    attention = [p for b in transformer.transformer_blocks for p in b.attn2.parameters()]
-    return attention + ([*transformer.patch_embed.proj.parameters()] if is_widened(transformer) else [])
+    groups = dict(reading=[p for b in transformer.transformer_blocks for p in b.attn2.parameters()])
+    if is_widened(transformer): groups['reference'] = [*transformer.patch_embed.proj.parameters()]
+    return groups
 
 def _without(params, known: list) -> list:
     "Parameters that are not in another list."
@@ -56,8 +57,9 @@ def trained(
     groups = dict(queries=[c.queries], routing=[*c.routing.parameters()],
                   connector=_without(c.connector.parameters(), projection), projection=projection)
     if stage == 'connector': return groups
-    groups['reading'] = _reading(self.transformer)
-    groups['transformer'] = _without(self.transformer.parameters(), projection + idle + groups['reading'])
+    groups |= _reading(self.transformer)
+    known = [p for ps in groups.values() for p in ps] + idle
+    groups['transformer'] = _without(self.transformer.parameters(), known)
     if self.alignment.active: groups['head'] = [*self.alignment.head.parameters()]
     return groups
 
@@ -79,7 +81,8 @@ class StageConfig(Config):
     lambda_a: NonNegativeFloat = 0.5        # weight of L_align in stages II and III
     align_until: Share = 1.0                # share of the stage after which L_align is off
     lr_transformer: NonNegativeFloat = 1.0  # learning rate of the transformer's body, relative to the rest
-    lr_reading: NonNegativeFloat = 1.0      # of what reads condition and reference, relative to the body
+    lr_reading: NonNegativeFloat = 1.0      # of its cross-attention, relative to its body
+    lr_reference: NonNegativeFloat = 1.0    # of what takes a reference's channels, relative to the rest
     head: str = 'saved'                     # saved | new: where stages II and III have the alignment head from
     region: PositiveFloat = 1.0             # weight of the cells that an edit may change, relative to the others
     draws: PositiveInt = 1                  # noises and times of a sample in one step
@@ -105,14 +108,20 @@ class UnifiedObjective(Objective):
         super().__init__()
         self.model, self.cfg, self.seed = model, cfg or StageConfig(), seed
         self.groups = model.set_stage(self.cfg.stage)
-        for name, idle in (('lambda_a', (0, StageConfig.lambda_a)), ('align_until', (StageConfig.align_until,))):
-            if (value := getattr(self.cfg, name)) not in idle and 'head' not in self.groups:
-                raise ValueError(f'{name}={value} without an alignment head has no effect: leave it out.')
+        self._refuse_idle('head', lambda_a=(0, StageConfig.lambda_a), align_until=(StageConfig.align_until,))
+        self._refuse_idle('reference', lr_reference=(StageConfig.lr_reference,))
         if self.weights(0.)['L_align'] and model.cfg.alignment.kind == 'ema': model.alignment.follow(model.transformer)
+
+    def _refuse_idle(self, group: str, **settings):
+        "Settings (name -> values that ask for nothing) of a group that this model does not train are errors."
+        for name, idle in settings.items():
+            if (value := getattr(self.cfg, name)) not in idle and group not in self.groups:
+                what = dict(head='an alignment head', reference='condition.reference: channels')[group]
+                raise ValueError(f'{name}={value} without {what} has no effect: leave it out.')
 
     def players(self):
         body = self.cfg.lr_transformer
-        scale = dict(transformer=body, reading=body * self.cfg.lr_reading)
+        scale = dict(transformer=body, reading=body * self.cfg.lr_reading, reference=self.cfg.lr_reference)
         return {'model': [dict(params=ps, lr_scale=scale.get(name, 1.0)) for name, ps in self.groups.items()]}
 
     def weights(self, progress, player='model'):
