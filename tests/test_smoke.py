@@ -194,6 +194,7 @@ def test_a_signal_to_the_command_reaches_the_training(smoke):
     assert p.returncode == 1 and (m := re.search(r'paused at step (\d+) of 5000', out)), out[-3000:]
     assert there() == [int(m[1])]
 
+@pytest.mark.slow
 def test_the_second_pass_of_tokenizer_3_is_at_twice_the_side_and_the_unified_model_starts_from_it(smoke):
     smoked = yaml.safe_load((smoke/'configs/smoke.yaml').read_text())
     inputs = dict(prepared='artifacts/smoke/prepared')      # everything else goes to the profile's own folders

@@ -43,7 +43,8 @@ def objectives(parts):
         yield name, training.TokenizerObjective(tokenizer(parts), cfg, lpips, dcae, mllm.encoder)
     yield 'dcae_tuned', training.AutoencoderObjective(copy.deepcopy(dcae), training.PixelLoss.from_dict(of('dcae_tuned', 'loss')), lpips)
     for name in UNIFIED:
-        cfg = UnifiedConfig.from_dict(dict(condition=dict(queries=3, layers=1), alignment=dict(block=1, hidden=16)))
+        condition = dict(queries=3, layers=1, reference='features' if name == 'unified_1_connector' else complete('unified_2_joint', 'mini')['condition']['reference'])
+        cfg = UnifiedConfig.from_dict(dict(condition=condition, alignment=dict(block=1, hidden=16)))
         model = Unified(mllm, freeze(tokenizer(parts)), mini_sana(text_dim=24, layers=2, heads=2, head_dim=16), cfg)
         yield name, UnifiedObjective(model, StageConfig.from_dict(of(name, 'stage')))
     base = Text2Image(mini_sana(text_dim=128, layers=1), mini_text_encoder(mllm.tokenizer), mllm.tokenizer)

@@ -9,7 +9,7 @@ __all__ = ['AlignmentConfig', 'Head', 'match_grid', 'align_loss', 'features_of',
 import contextlib
 import copy
 from dataclasses import dataclass
-from ..core import Config, Decay, one_of, PositiveInt, Share
+from ..core import Config, Decay, NonNegativeInt, one_of, PositiveInt, Share
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 # %% ../../nbs/method/11_alignment.ipynb #3086f294
 _KINDS = ('self', 'none', 'external', 'ema')
-_OF_EMA = dict(teacher_block=4, earlier=0.2, decay=0.99)     # defaults of what only kind 'ema' reads
+_OF_EMA = dict(teacher_block=0, earlier=0.2, decay=0.99)     # defaults of what only kind 'ema' reads
 
 @dataclass
 class AlignmentConfig(Config):
@@ -27,7 +27,8 @@ class AlignmentConfig(Config):
     # features after this block, counted from 1 (6 at full scale, about a third of the depth in miniature)
     block: PositiveInt = 2
     hidden: PositiveInt = 768  # width of the head (2048 at full scale, 4 x width in miniature)
-    teacher_block: PositiveInt = _OF_EMA['teacher_block']  # 'ema': the average's features after this later block
+    # 'ema': the average's features after this later block; 0: twice as deep
+    teacher_block: NonNegativeInt = _OF_EMA['teacher_block']
     earlier: Share = _OF_EMA['earlier']                    # 'ema': by how much less noise the teacher sees, at most
     decay: Decay = _OF_EMA['decay']                        # 'ema': of the average, in a step of the optimiser
 
@@ -36,8 +37,13 @@ class AlignmentConfig(Config):
         idle = [k for k, v in _OF_EMA.items() if getattr(self, k) != v]
         if idle and self.kind in ('self', 'external'):
             raise ValueError(f'{", ".join(idle)}: no effect with alignment kind {self.kind!r}, only with ema.')
-        if self.kind == 'ema' and self.teacher_block <= self.block:
+        if self.kind == 'ema' and self.later_block <= self.block:
             raise ValueError(f'alignment teacher_block {self.teacher_block} must come after block {self.block}.')
+
+    @property
+    def later_block(self) -> int:
+        "The block after which the average is read."
+        return self.teacher_block or 2 * self.block
 
 # %% ../../nbs/method/11_alignment.ipynb #4e0add15
 class Head(nn.Sequential):
@@ -167,7 +173,7 @@ def follow(
     transformer: nn.Module,  # a SanaTransformer2DModel
 ):
     "Kind 'ema': begin an average as a copy of the transformer's first `teacher_block` blocks; no other is copied."
-    blocks, last = transformer.transformer_blocks, self.cfg.teacher_block
+    blocks, last = transformer.transformer_blocks, self.cfg.later_block
     if last > len(blocks):
         allowed = f'{self.cfg.block + 1}..{len(blocks)}'
         raise ValueError(f'alignment teacher_block {last} does not exist: choose {allowed}.')

@@ -187,8 +187,9 @@ def sample(
 ) -> Tensor:  # [B, c, h, w] a clean latent
     "From noise to a latent. All randomness is in `noise`."
     if steps is not None: check_number(steps, PositiveInt, 'steps')
-    g = 1.0 if uncond is None else _scale(guidance, cfg.guidance, 'guidance')
-    g_r = 1.0 if edit.nothing is None else _scale(edit.image_guidance, cfg.image_guidance, 'image_guidance')
+    g = _scale(guidance, cfg.guidance, 'guidance')
+    g_r = _scale(edit.image_guidance, cfg.image_guidance, 'image_guidance')
+    g, g_r = 1.0 if uncond is None else g, 1.0 if edit.nothing is None else g_r
     tokens, mask = (cond[0], cond[1]) if g == g_r == 1 else both_conditions(cond, uncond)
     more = dict(source=edit.source, image_guidance=g_r, nothing=edit.nothing and edit.nothing[:2])
     s, x = _solver(cfg, steps), noise.float()

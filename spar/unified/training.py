@@ -191,7 +191,7 @@ def ema_teacher(
     names = ['teacher time', *(f'teacher time {d}' for d in range(1, draws))]
     u = torch.stack([uniform((), self.seed, name, index) for name in names], 1).flatten()
     earlier = a.less_noise(sigma, u)
-    with features_of(a.average, a.cfg.teacher_block) as seen:
+    with features_of(a.average, a.cfg.later_block) as seen:
         velocity(a.average, interpolate(x0, eps, earlier), earlier, *condition)
     return seen[0][:, :x0[0, 0].numel()]
 
