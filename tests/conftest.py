@@ -13,7 +13,7 @@ def clone(to: Path, profile: str = 'smoke') -> Path:
     for name in filter(None, names):
         if (ROOT/name).is_file() and not name.startswith('dvcstore/'):
             (to/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(ROOT/name, to/name)
-    (to/'params.yaml').write_text(f'profile: {profile}\ncontrols: {{dcae_tuned: [{profile}], sana_tuned: [{profile}]}}\n')
+    (to/'params.yaml').write_text(f'profile: {profile}\ncontrols: {{dcae_tuned: [], sana_tuned: []}}\n')
     for name in ('data.dvc', 'dvc.lock', 'metrics/smoke/run.json'): (to/name).unlink(missing_ok=True)
     (to/'data'/'bases').mkdir(parents=True, exist_ok=True)      # smoke makes random bases; DVC only wants the folder to be there
     subprocess.run(['git', 'init', '-q'], cwd=to, check=True)

@@ -192,6 +192,7 @@ def random_inception(path):
         if p.dim() == 4: torch.nn.init.kaiming_normal_(p)               # so that features differ between pictures
     torch.save(net.state_dict(), path)
 
+@pytest.mark.slow
 def test_reconstruction_with_inception_and_vgg_from_files(tmp_path):
     random_inception(tmp_path/'inception.pth')
     from torchvision.models.vgg import cfgs, make_layers

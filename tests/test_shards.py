@@ -500,6 +500,7 @@ o = Mean(); fit(o, c, TrainConfig(steps=24, batch_size=8, accumulate=2, lr=.02, 
 print('WEIGHTS', *o.w.tolist())
 '''
 
+@pytest.mark.slow
 def test_killed_on_two_processes_and_resumed_on_one_ends_within_rounding(tmp_path):
     import re, socket, subprocess, time
     two_tasks(tmp_path); (tmp_path/'run.py').write_text(RUN)
