@@ -20,7 +20,7 @@ from ..backbones.words import Tokenised
 from .cells import cell_labels, CellHead
 from ..training.objective import Objective
 from spar.unified.flow import (
-    each_draw, flow_loss, FlowConfig, interpolate, sample, sample_noise, sample_sigma, velocity,
+    flow_loss, FlowConfig, interpolate, sample, sample_noise, sample_sigma, velocity,
 )
 from ..world.captions import caption, colourless
 from ..world.datasets import as_image
@@ -115,11 +115,9 @@ class SanaObjective(Objective):
         see: float = 0.0,  # weight of the head
         depth: int = 3,  # the block that it reads, from 1
         dcae: DCAE | None = None,  # encodes batches that bring `image` and no `latent`, as those of a corpus do
-        draws: int = 1,  # noises and times of a sample in one step
     ):
         super().__init__()
-        if see and draws > 1: raise ValueError(f'draws={draws} with see={see}: the head reads one draw a sample.')
-        self.base, self.flow, self.seed, self.draws = base, flow, seed, draws
+        self.base, self.flow, self.seed = base, flow, seed
         self.see, self.seen = see, None
         self.dcae = freeze(dcae) if dcae else None
         if see: self._read_block(depth)
@@ -161,9 +159,8 @@ def terms(self: SanaObjective, batch, weights, player='model'):
         x0 = self.base.normalise(z)
     if 'caption_ids' not in batch: batch = batch | {k: v.to(x0.device) for k, v in self.read(batch).items()}
     cond, mask = self.base.encode_ids(batch['caption_ids'], batch['caption_mask'])
-    x0, cond, mask = each_draw(self.draws, x0, cond, mask)
-    eps = sample_noise(x0.shape[1:], self.seed, i, self.draws).to(x0)
-    sigma = sample_sigma(self.seed, i, self.flow, self.draws).to(x0)
+    eps = sample_noise(x0.shape[1:], self.seed, i).to(x0)
+    sigma = sample_sigma(self.seed, i, self.flow).to(x0)
     v = velocity(self.base.transformer, interpolate(x0, eps, sigma), sigma, cond, mask)
     out = dict(flow=flow_loss(v, x0, eps))
     if weights.get('see'): out['see'] = self.head(self.seen, batch['cells'])
