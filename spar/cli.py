@@ -259,7 +259,7 @@ def edit_picture(
     num: int = 1,  # pictures; the further ones get -1, -2, ... before the ending
     steps: int = 20,  # from noise to picture, 1 to 1000
     guidance: float = 4.5,  # how hard to follow the text, 0 to 100
-    image_guidance: float = 1.0,  # above 1 keeps closer to the picture, 0 to 100
+    image_guidance: float | None = None,  # above 1 keeps closer to the picture, 0 to 100 (default: the model's own)
     seed: int = 0,  # another number, another picture; the same number, the same picture
     model: str | None = None,  # a SparPipeline folder (default: the profile's in params.yaml; `make repro` makes it)
     device: str | None = None,  # cpu, cuda, cuda:1, mps (default: the best there is)
@@ -271,7 +271,7 @@ def edit_picture(
       spar edit photo.png "remove the heart" --seed 3"""
     check_device(device)
     _check_sampling(steps, guidance, seed, num)
-    check_option('--image-guidance', image_guidance, 0, 100)
+    if image_guidance is not None: check_option('--image-guidance', image_guidance, 0, 100)
     check_picture(image)
     files = targets(out, None, num)
     vocab = vocabulary_of(model_folder(model))

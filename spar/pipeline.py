@@ -22,7 +22,7 @@ from .backbones.saved import on_the_hub
 from .tokenizer.model import Tokenizer
 from .unified.condition import Condition
 from .unified.flow import start_noise
-from .using.inputs import checked_texts, paired, pictures_of, whole_number
+from .using.inputs import check_guidance, checked_texts, paired, pictures_of, whole_number
 from .using.loading import check_folder, check_options, load_by_diffusers, load_plain, PARTS
 from spar.using.sampling import (
     check_size, checked_callback, denoised, drawn, inputs_of, OUTPUTS, request_of, shift_notes, shown, slices,
@@ -62,7 +62,7 @@ class _Generates:
         callback_on_step_end=None,  # called with (pipeline, step, time, tensors) after every step of a batch
         callback_on_step_end_tensor_inputs=('latents',),  # names of the tensors that it is given and may change
         fit: str = 'crop',  # of an image that is not square: crop | pad | squash
-        image_guidance_scale: float = 1.0,  # of an edit: above 1 keeps closer to the image
+        image_guidance_scale: float | None = None,  # of an edit: above 1 keeps closer to the image; None: the model's
     ) -> SparOutput:  # .images: the pictures of the first prompt, then of the second, ...
         "Draw pictures for prompts, or change pictures as prompts say."
         one_of(output_type, OUTPUTS, 'output_type')
@@ -277,13 +277,16 @@ class _Whole:
         unified,  # a `Unified`: its parts, by reference
         precision: str = 'auto',
         record: dict | None = None,
+        image_guidance: float | None = None,  # of an edit that sets none; None: the model's, `flow.image_guidance`
     ):
         "The pipeline of a trained model."
         if unified.cfg.latent != 'z_f':
             raise ValueError(f"latent {unified.cfg.latent!r}: a pipeline draws 'z_f' alone, as after stage III.")
-        mllm, shift = unified.mllm, unified.cfg.flow.shift
-        parts = (unified.image_tokenizer, unified.condition, unified.transformer, flow_scheduler(shift))
-        return cls(mllm.hf, mllm.tokenizer, *parts, record=record, shift=shift, precision=precision)
+        mllm, flow = unified.mllm, unified.cfg.flow
+        parts = (unified.image_tokenizer, unified.condition, unified.transformer, flow_scheduler(flow.shift))
+        scale = flow.image_guidance if image_guidance is None else image_guidance
+        more = dict(record=record, shift=flow.shift, image_guidance=scale, precision=precision)
+        return cls(mllm.hf, mllm.tokenizer, *parts, **more)
 
 # %% ../nbs/using/pipeline.ipynb #53a0b5ba
 class _Samples:
@@ -297,7 +300,7 @@ class _Samples:
         guidance_scale: float = 4.5,
         seed: int = 0,
         indices=None,  # B numbers of pictures: the noise of each follows from (seed, number)
-        image_guidance_scale: float = 1.0,
+        image_guidance_scale: float | None = None,
     ) -> torch.Tensor:  # [B, 3, f h, f h], about [-1, 1], fp32 on the CPU
         "Pictures for prompts, or edits of references, as the decoder gives them."
         noise = start_noise(self.size(), len(prompts), seed, indices)
@@ -325,6 +328,7 @@ class SparPipeline(
         scheduler=None,  # DPM-Solver or Euler on flow sigmas
         record: dict | None = None,  # profile, seed and commit of the run that it comes from
         shift: float = 1.0,  # time shift of the training
+        image_guidance: float = 1.0,  # of an edit that sets none: chosen on validation edits
         precision: str = 'auto',  # of fp32 networks: 'auto', 'bf16', 'no'
         format_version: int = FORMAT,
     ):
@@ -334,7 +338,8 @@ class SparPipeline(
         parts = (mllm, tokenizer, image_tokenizer, condition, transformer, scheduler)
         self.register_modules(**dict(zip(PARTS, parts)))
         self.record, self.precision = record or {}, one_of(precision, ('auto', 'bf16', 'no'), 'precision')
-        self.register_to_config(record=self.record, shift=shift, format_version=FORMAT)
+        check_guidance(image_guidance, 'image_guidance')
+        self.register_to_config(record=self.record, shift=shift, image_guidance=image_guidance, format_version=FORMAT)
         # no bar where nobody watches: logs, notebooks that run by themselves
         self.set_progress_bar_config(disable=None)
 

@@ -300,6 +300,16 @@ def test_edits_see_their_reference_as_in_training(reference, tmp_path):
     assert not torch.allclose(drawn[1.], pipe.sample(['make it green'], -x, num_inference_steps=2, guidance_scale=3.), atol=1e-3)
     with pytest.raises(ValueError, match='image_guidance_scale: 2.0, without effect'): pipe('a red star', image_guidance_scale=2.)
 
+def test_an_edit_that_sets_no_image_guidance_has_that_of_the_model(tmp_path):
+    model, x = tiny_unified(WORDS, dict(reference='features')), torch.rand(1, 3, 64, 64) * 2 - 1
+    SparPipeline.from_unified(model, precision='no', image_guidance=2.).save_pretrained(tmp_path/'p')
+    pipe, kw = SparPipeline.from_pretrained(tmp_path/'p', device='cpu', precision='no'), dict(num_inference_steps=2)
+    by_default, one, two = (pipe.sample(['make it green'], x, **kw, image_guidance_scale=s) for s in (None, 1., 2.))
+    assert pipe.config.image_guidance == 2 and torch.equal(by_default, two) and not torch.equal(by_default, one)
+    assert SparPipeline.from_unified(model).config.image_guidance == model.cfg.flow.image_guidance == 1
+    pipe('a red star', 2)       # a generation has no image to be guided by
+    with pytest.raises(ValueError, match='image_guidance: -1'): SparPipeline.from_unified(model, image_guidance=-1)
+
 def test_other_schedulers_say_what_to_use(pipe):
     p = copy.deepcopy(pipe); p.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match='DDIMScheduler.*FlowMatchEuler'): p('a red star', 2)

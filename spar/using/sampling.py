@@ -189,6 +189,7 @@ def request_of(pipe, texts, reference, negative, how: tuple, start: tuple, callb
     steps = whole_number(steps, 'num_inference_steps', 1, 1000)
     per_text = whole_number(per_text, 'num_images_per_prompt', 1)
     check_guidance(scale)
+    if image_scale is None: image_scale = 1.0 if reference is None else pipe.config.image_guidance
     check_guidance(image_scale, 'image_guidance_scale')
     if image_scale != 1 and reference is None:
         raise ValueError(f'image_guidance_scale: {image_scale!r}, without effect where no picture is edited.')
