@@ -141,6 +141,10 @@ def test_controls_train_as_long_as_what_they_are_compared_with(profile):
             group, name = key.split('.'); assert section[group][name] == pytest.approx(value, rel=1e-3), f'{profile}.{stage}.{key} should be {value}'
 
 @pytest.mark.parametrize('profile', PROFILES)
+def test_a_user_edits_with_the_guidance_that_was_measured(profile):
+    assert profiles.complete('assemble', profile)['image_guidance'] == profiles.complete('evaluate_editing', profile)['image_guidance']
+
+@pytest.mark.parametrize('profile', PROFILES)
 @pytest.mark.parametrize('control,beside', [('dcae_tuned', 'evaluate_reconstruction'), ('sana_tuned', 'evaluate_generation')])
 def test_a_control_is_measured_as_what_it_stands_beside(profile, control, beside):
     ours, theirs = profiles.complete(beside, profile), profiles.complete(control, profile)['benchmark']
