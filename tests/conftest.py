@@ -7,11 +7,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SPAR = [sys.executable, '-m', 'spar']      # the command of the package under test, not of what is installed
 
 
+def committed(*under: str) -> list[str]:
+    "Files that a commit of the working tree would have, in these folders; what a run leaves behind and git ignores is none."
+    names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard', '--', *under], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
+    return [name for name in names if name and (ROOT/name).is_file()]
+
 def clone(to: Path, profile: str = 'smoke') -> Path:
     "What `git clone` would give if the working tree were committed: tracked and new files, none of the ignored ones."
-    names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
-    for name in filter(None, names):
-        if (ROOT/name).is_file() and not name.startswith('dvcstore/'):
+    for name in committed():
+        if not name.startswith('dvcstore/'):
             (to/name).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(ROOT/name, to/name)
     (to/'params.yaml').write_text(f'profile: {profile}\ncontrols: {{dcae_tuned: [], sana_tuned: []}}\n')
     for name in ('data.dvc', 'dvc.lock', 'metrics/smoke/run.json'): (to/name).unlink(missing_ok=True)
